@@ -1,0 +1,71 @@
+"""`npmix convert` and `npmix verify`: the packed store made and checked, with a progress bar on stderr."""
+
+from pathlib import Path
+
+import click
+
+from ..errors import NpmixError
+from .notices import ProgressBar, compile_notice, say, size
+from .options import threads_option
+
+
+@click.command(short_help="Pack a model's weights into 8 or 4 bits.")
+@click.argument("src", type=click.Path(path_type=Path))
+@click.argument("dst", type=click.Path(path_type=Path))
+@click.option("--quant", type=click.Choice(["q8", "q4"]), required=True, help="Bits of the experts' weights.")
+@click.option("--group", type=click.Choice(["32", "64", "128"]), help="Weights that share a scale in the experts.  [default: 64]")
+@click.option("--uniform", is_flag=True, help="Every matrix at 4 bits with groups of 32, for comparisons.")
+@click.option("--force", is_flag=True, help="Replace what npmix wrote to DST before.")
+@threads_option
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def convert(src, dst, quant, group, uniform, force, threads, quiet):
+    """Pack a model's weights into 8 or 4 bits.
+
+    SRC is a Hugging Face folder, DST the packed store to make. q8 packs every matrix into 8 bits; q4 packs the experts
+    into 4 bits and the rest into 8. An interrupted conversion goes on when the same command is given again.
+    """
+    if uniform and quant != "q4":
+        raise click.UsageError("--uniform goes with --quant q4.")
+    from .. import convert as conversion
+
+    with compile_notice(quiet):
+        bar = ProgressBar(quiet)
+        try:
+            conversion.convert(
+                src, dst, quant, uniform=uniform, group=int(group) if group else None, force=force, threads=threads,
+                progress=lambda done, total, what: bar.update(done, total),
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            bar.finish()
+            say("interrupted; the same command goes on where this one stopped")
+            raise
+        finally:
+            bar.finish()
+    if not quiet:
+        total = conversion.info(dst)["total"]
+        say(f"{dst}: {total['weights']:,} weights in {size(total['bytes'])}, {total['bits_per_weight']:.2f} bits per weight")
+
+
+@click.command(short_help="Check a packed store against its digests.")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def verify(folder, quiet):
+    """Check a packed store against its digests.
+
+    Reads every byte of DIR, compares sha256 with the manifest, and looks for NaN and infinite weights. A Hugging Face
+    folder has no digests: there only the weights are looked at.
+    """
+    from ..convert import verify as check
+
+    bar = ProgressBar(quiet)
+    try:
+        found = check(folder, lambda done, total, what: bar.update(done, total))
+    except NpmixError:
+        bar.finish()
+        raise
+    finally:
+        bar.finish()
+    if found["kind"] == "store":
+        print(f"{folder}: {found['files']} files match their sha256, all {size(found['bytes'])} of weights are finite")
+    else:
+        print(f"{folder}: no digests to check, all {size(found['bytes'])} of weights are finite")

@@ -1,0 +1,112 @@
+"""What a person sees on stderr while waiting: the compile notice, the progress bar, the closing figures.
+
+One hard fact: lines are rewritten in place only on a terminal; anywhere else each is printed once.
+"""
+
+import sys
+import time
+from contextlib import contextmanager
+
+
+def say(text: str) -> None:
+    """One line on stderr."""
+    print(f"npmix: {text}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def compile_notice(quiet: bool = False):
+    """Within this block, say so when kernels have to be compiled; yields a list of their names.
+
+    The first one prints the line; on a terminal it then counts along.
+    """
+    from ..kernels._jit import on_compile
+
+    names: list[str] = []
+    live = sys.stderr.isatty()
+
+    def listener(name):
+        names.append(name)
+        if quiet:
+            return
+        if len(names) == 1 and not live:
+            say("compiling kernels (first run only) ...")
+        elif live:
+            sys.stderr.write(f"\rnpmix: compiling kernels (first run only) ... {len(names)}")
+            sys.stderr.flush()
+
+    stop = on_compile(listener)
+    try:
+        yield names
+    finally:
+        stop()
+        if names and live and not quiet:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of 1,000: 512 B, 8.6 MB, 26.30 GB."""
+    if count < 1000:
+        return f"{count:.0f} B"
+    for unit, scale, digits in (("kB", 1e3, 1), ("MB", 1e6, 1), ("GB", 1e9, 2)):
+        if count < scale * 999.95 or unit == "GB":
+            return f"{count / scale:.{digits}f} {unit}"
+    raise AssertionError("unreachable")
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 4 s, 3:05, 1:02:03."""
+    seconds = int(seconds + 0.5)
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class ProgressBar:
+    """Bytes done of bytes in all, bytes per second, time left. On a terminal a bar, else a line every ten seconds."""
+
+    def __init__(self, quiet: bool = False, clock=time.monotonic, stream=None):
+        self._clock, self._stream, self._quiet = clock, stream or sys.stderr, quiet
+        self._live = self._stream.isatty()
+        self._started = clock()
+        self._first = None  # bytes done when first told: a resumed run starts with some
+        self._last = 0
+        self._shown = -1e9
+        self._drawn = False
+
+    def update(self, done: int, total: int) -> None:
+        """Call with the bytes finished so far, as often as you like."""
+        now = self._clock()
+        if self._first is None or done < self._last:  # the beginning, or of a second pass
+            self.finish()
+            self._first, self._started = done, now
+        self._last = done
+        if self._quiet or (now - self._shown < (0.1 if self._live else 10.0) and done < total):
+            return
+        if not self._live and self._shown < 0 and done < total:
+            self._shown = now  # the first line only after the first interval
+            return
+        self._shown = now
+        text = self._line(done, total, now - self._started)
+        if self._live:
+            self._stream.write(f"\r{text}\x1b[K")
+            self._drawn = True
+        else:
+            self._stream.write(text + "\n")
+        self._stream.flush()
+
+    def _line(self, done: int, total: int, seconds: float) -> str:
+        share = done / total if total else 1.0
+        rate = (done - self._first) / seconds if seconds > 0 else 0.0
+        left = duration((total - done) / rate) if rate > 0 else "?"
+        bar = "#" * round(24 * share)
+        return f"[{bar:<24}] {100 * share:3.0f} %  {size(done)} of {size(total)}  {size(rate)}/s  {left} left"
+
+    def finish(self) -> None:
+        """End the line that the bar was drawn on."""
+        if self._drawn:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._drawn = False

@@ -1,0 +1,65 @@
+"""Options that several commands share, and the checks that click's types do not make."""
+
+import math
+
+import click
+
+from ..errors import InputError
+
+
+class Number(click.ParamType):
+    """A finite float within bounds: click's FloatRange lets NaN through, and NaN would reach the sampler."""
+
+    name = "x"
+
+    def __init__(self, low, high=math.inf, above=False):
+        self.low, self.high, self.above = low, high, above
+
+    def convert(self, value, param, ctx):
+        try:
+            number = float(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a number.", param, ctx)
+        inside = self.low < number if self.above else self.low <= number
+        if not inside or not number <= self.high or math.isinf(number):
+            bound = f"{'above' if self.above else 'at least'} {self.low:g}"
+            limit = "" if math.isinf(self.high) else f" and at most {self.high:g}"
+            self.fail(f"{value} is out of range: expected {bound}{limit}.", param, ctx)
+        return number
+
+
+def model_option(command):
+    """-m: the folder of the model."""
+    return click.option(
+        "-m", "--model", metavar="PATH", help="Hugging Face folder or packed store.  [default: the bundled model]"
+    )(command)
+
+
+def threads_option(command):
+    """--threads, the same everywhere."""
+    return click.option("--threads", metavar="N", type=click.IntRange(1, 1024), help="Threads to compute with.  [default: all cores]")(command)
+
+
+def engine_options(command):
+    """How the engine is laid out."""
+    command = click.option("--kv", type=click.Choice(["f16", "f32"]), default="f16", show_default=True, help="Numbers in the KV cache.")(command)
+    command = click.option("--chunk", metavar="N", type=click.IntRange(1), help="Prompt tokens computed at a time.")(command)
+    command = click.option(
+        "--context", metavar="N", type=click.IntRange(1), help="Positions of the KV cache.  [default: the model's maximum, at most 4096]"
+    )(command)
+    return threads_option(command)
+
+
+def utf8(data: bytes, where: str) -> str:
+    """Bytes as text; an InputError names the first byte that is not UTF-8."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise InputError(f"{where} is not UTF-8: byte {data[e.start]:#04x} at offset {e.start}; expected text in UTF-8") from None
+
+
+def model_path(given):
+    """The folder to open: the one given, else the bundled model's."""
+    from ..generate import BUNDLED
+
+    return given or BUNDLED

@@ -1,0 +1,168 @@
+"""The engine: opens a model, owns its memory and threads, and knows token ids only.
+
+One hard fact: one engine runs one sequence at a time, in whichever thread calls it; who may call when is
+decided above it (`generate.py`). After a fork its threads are gone, so a child is told so.
+"""
+
+import os
+
+import numpy as np
+
+from .config import Config
+from .errors import ContextError, EngineError, InputError
+from .model.forward import Forward
+from .model.kv_cache import DTYPES
+from .model.weights import Weights
+from .store import open_source
+from .threads import default_threads
+
+DEFAULT_CONTEXT = 4096
+DEFAULT_CHUNK = 512
+MAX_THREADS = 1024
+
+
+class Engine:
+    """One model and one sequence of tokens.
+
+    path: a packed store or a Hugging Face folder. threads: default the physical cores this process may use.
+    context: positions of the KV cache, default the smaller of the model's maximum and 4,096. chunk: tokens of a
+    prefill step. kv: "f16" or "f32". Raises NpmixError subclasses for whatever is wrong with them.
+    """
+
+    def __init__(self, path, *, threads: int | None = None, context: int | None = None, chunk: int | None = None, kv: str = "f16"):
+        self.source = open_source(path)
+        try:
+            self.config: Config = self.source.config
+            self.threads = _whole("threads", threads or default_threads(), MAX_THREADS)
+            largest = self.config.max_positions
+            self.context = _whole("context", context or min(largest, DEFAULT_CONTEXT), largest, "the model's maximum")
+            self.chunk = _whole("chunk", min(chunk or DEFAULT_CHUNK, self.context), 1 << 16)
+            if kv not in DTYPES:
+                raise InputError(f"kv is {kv!r}, expected one of {', '.join(DTYPES)}")
+            self.kv = kv
+            self._forward = Forward(Weights(self.source), self.context, self.chunk, kv, self.threads)
+        except MemoryError as error:
+            self.source.close()
+            raise EngineError(f"not enough memory for a context of {self.context}: {error}; choose a smaller one") from None
+        except BaseException:
+            self.source.close()
+            raise
+        self.position = 0
+        self._pid = os.getpid()
+        self._closed = False
+
+    open = classmethod(lambda cls, path, **options: cls(path, **options))
+
+    def prefill(self, ids, on_progress=None) -> np.ndarray:
+        """Append ids to the sequence; float32 logits (V,) of the last. on_progress(done, total) counts tokens times layers.
+
+        Raises InputError for no ids or ids outside the vocabulary, ContextError before the cache would overflow;
+        neither changes the sequence.
+        """
+        ids = self._checked(ids)
+        self._room(len(ids))
+        if len(ids) == 1:
+            return self.step(int(ids[0]))
+        row, start = None, self.position
+        for at in range(0, len(ids), self.chunk):
+            piece = ids[at : at + self.chunk]
+            last = at + len(piece) == len(ids)
+            report = _reporter(on_progress, at, len(piece), len(ids), self.config.n_layers)
+            row = self._forward.prefill(piece, start + at, "last" if last else "none", report)
+            self.position = start + at + len(piece)
+        return row[0].copy()
+
+    def step(self, token: int) -> np.ndarray:
+        """Append one token; float32 logits (V,)."""
+        ids = self._checked([token])
+        self._room(1)
+        row = self._forward.decode(int(ids[0]), self.position)
+        self.position += 1
+        return row
+
+    def logits(self, ids) -> np.ndarray:
+        """Float32 logits (T, V) of a whole sequence, from an empty cache; the cache is empty afterwards."""
+        ids = self._checked(ids)
+        self.position = 0
+        self._room(len(ids))
+        rows = np.empty((len(ids), self.config.vocab_size), np.float32)
+        for at in range(0, len(ids), self.chunk):
+            piece = ids[at : at + self.chunk]
+            rows[at : at + len(piece)] = self._forward.prefill(piece, at, "all")
+        return rows
+
+    def reset(self, position: int = 0) -> None:
+        """Keep the first `position` tokens and forget the rest; a sliding window that has moved on can only be emptied."""
+        if not 0 <= position <= self.position:
+            raise InputError(f"cannot go back to position {position!r}, the sequence has {self.position}")
+        if self.position > self._forward.cache.capacity and 0 < position < self.position:
+            raise InputError(f"the sliding window has left position {position} behind; reset to 0 and prefill again")
+        self.position = position
+
+    @property
+    def saturated(self) -> bool:
+        """Whether a key or value was too large for the float16 cache and was cut to 65,504 (kv="f32" avoids it)."""
+        return self._forward.saturated
+
+    def memory(self) -> dict[str, int]:
+        """Bytes: KV cache, scratch buffers (both anonymous), and mapped weights."""
+        return {"kv_cache": self._forward.cache.nbytes, "scratch": self._forward.state.nbytes, "weights": self._weight_bytes()}
+
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that one decoded token reads."""
+        return self._forward.weights.bytes_per_token()
+
+    def _weight_bytes(self) -> int:
+        return sum(self.source.tensor(name).nbytes for name in self.config.tensor_shapes())
+
+    def _checked(self, ids) -> np.ndarray:
+        if self._closed:
+            raise EngineError("the model is closed; load it again")
+        if os.getpid() != self._pid:
+            raise EngineError("the model was loaded before this process was forked; load it in the child")
+        try:
+            given = np.asarray(ids)
+            if given.dtype.kind not in "iu" and given.size:
+                raise ValueError
+            array = given.astype(np.int64)
+        except (ValueError, TypeError, OverflowError):
+            raise InputError("token ids must be a sequence of whole numbers") from None
+        if array.ndim != 1 or array.size == 0:
+            raise InputError(f"got token ids of shape {array.shape}, expected one sequence of at least one id")
+        outside = array[(array < 0) | (array >= self.config.vocab_size)]
+        if outside.size:
+            raise InputError(f"token id {outside[0]} is outside the vocabulary of {self.config.vocab_size}")
+        return array.astype(np.int32)
+
+    def _room(self, count: int) -> None:
+        if self.position + count > self.context:
+            raise ContextError(
+                f"{count} tokens do not fit: {self.position} of {self.context} positions are taken; "
+                f"use a shorter prompt or a larger --context (the model's maximum is {self.config.max_positions})"
+            )
+
+    def close(self) -> None:
+        """Free the memory, end the threads, close the files. Closing twice is fine."""
+        if not getattr(self, "_closed", True):
+            self._closed = True
+            self._forward.close()
+            self._forward = None
+            self.source.close()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def _whole(name: str, value, largest: int, what: str = "the limit") -> int:
+    if type(value) is not int or not 1 <= value <= largest:
+        raise InputError(f"{name} is {value!r}, expected a whole number from 1 to {largest} ({what})")
+    return value
+
+
+def _reporter(on_progress, at, count, total, layers):
+    if on_progress is None:
+        return None
+    return lambda layer: on_progress(at * layers + count * (layer + 1), total * layers)

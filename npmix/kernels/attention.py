@@ -1,0 +1,231 @@
+"""Attention over the KV cache: absolute blocks of positions, each by itself, merged in position order.
+
+One hard fact: a block's result (max, sum, weighted values) depends on the query and the block alone,
+and one function merges blocks, so decode, prefill and every way to cut a prompt give the same bits.
+Positions a query must not see get weight exactly 0 and add exactly nothing.
+
+Scores are in base 2 (the query carries log2(e) / sqrt(head_dim)): softmax by the running maximum of
+Milakov & Gimelshein 2018 (arXiv 1805.02867).
+
+The cache of one layer and kv head, S positions a multiple of BLOCK:
+    keys    [S / 64][head_dim][64]   64 positions side by side: a score is a chain over head_dim in each lane
+    values  [S][V_WIDTH]             head_dim padded to 16: the output is a chain over positions in each lane
+"""
+
+import functools
+
+import numpy as np
+from numba.core import cgutils
+from numpy import float32 as F
+
+from ._jit import njit
+from .ops import add, exp2, first, fma, fma1, get_f32, keep_lanes, load_f32, max_f32, maximum, mul, put_f32, splat_f32, store_f32, sub, sum_f32
+from .simd import const_i64, const_vector, emit_fma, emit_load_f16, i64, load, op, peek, poke, scalar, splat, store, twin_fma, vector, void
+
+BLOCK = 256  # positions of a block: its merge costs one part in 128 of its work at head_dim 128
+STRIP = 64  # positions that lie side by side in the keys
+TALLEST = 6  # query rows of the tallest tile: 6 x 4 accumulators of 32 registers
+
+_LOAD = {
+    "f16": (2, emit_load_f16, np.float16),
+    "f32": (4, lambda b, p: load(b, p, vector("f32", 16)), np.float32),
+}
+
+
+@functools.lru_cache(maxsize=None)
+def score_tile(kv, rows):
+    """op(q, q_bytes, keys, dim, out, out_bytes): scores of `rows` queries against one strip of 64 positions."""
+    size, emit_load, dtype = _LOAD[kv]
+
+    def emit(builder, q, q_bytes, keys, dim, out, out_bytes):
+        zero = const_vector("f32", 16, 0.0)
+        cells = {(r, p): cgutils.alloca_once_value(builder, zero) for r in range(rows) for p in range(4)}
+        q_rows = [builder.add(q, builder.mul(q_bytes, const_i64(r))) for r in range(rows)]
+        with cgutils.for_range(builder, dim, intp=scalar("i64")) as loop:
+            at = builder.add(keys, builder.mul(loop.index, const_i64(STRIP * size)))
+            k = [emit_load(builder, builder.add(at, const_i64(16 * size * p))) for p in range(4)]
+            for r in range(rows):
+                x = load(builder, builder.add(q_rows[r], builder.mul(loop.index, const_i64(4))), scalar("f32"))
+                x = splat(builder, x)
+                for p in range(4):
+                    builder.store(emit_fma(builder, x, k[p], builder.load(cells[r, p])), cells[r, p])
+        for (r, p), cell in cells.items():
+            store(builder, builder.load(cell), builder.add(builder.add(out, builder.mul(out_bytes, const_i64(r))), const_i64(64 * p)))
+
+    def twin(q, q_bytes, keys, dim, out, out_bytes):
+        k = peek(keys, dtype, dim * STRIP).reshape(dim, STRIP).astype(np.float32)
+        x = np.stack([peek(q + r * q_bytes, np.float32, dim) for r in range(rows)])
+        y = np.zeros((rows, STRIP), np.float32)
+        for d in range(dim):
+            y = twin_fma(x[:, d, None], k[None, d], y)
+        for r in range(rows):
+            poke(out + r * out_bytes, y[r])
+
+    return op(void, (i64,) * 6, twin)(emit)
+
+
+@functools.lru_cache(maxsize=None)
+def value_tile(kv, rows, vectors):
+    """op(p, p_bytes, values, width, begin, end, out, out_bytes): weighted sums of values begin..end, 16 * vectors lanes."""
+    size, emit_load, dtype = _LOAD[kv]
+
+    def emit(builder, p, p_bytes, values, width, begin, end, out, out_bytes):
+        zero = const_vector("f32", 16, 0.0)
+        cells = {(r, v): cgutils.alloca_once_value(builder, zero) for r in range(rows) for v in range(vectors)}
+        p_rows = [builder.add(p, builder.mul(p_bytes, const_i64(r))) for r in range(rows)]
+        with cgutils.for_range(builder, end, start=begin, intp=scalar("i64")) as loop:
+            at = builder.add(values, builder.mul(loop.index, builder.mul(width, const_i64(size))))
+            row = [emit_load(builder, builder.add(at, const_i64(16 * size * v))) for v in range(vectors)]
+            for r in range(rows):
+                x = load(builder, builder.add(p_rows[r], builder.mul(loop.index, const_i64(4))), scalar("f32"))
+                x = splat(builder, x)
+                for v in range(vectors):
+                    builder.store(emit_fma(builder, x, row[v], builder.load(cells[r, v])), cells[r, v])
+        for (r, v), cell in cells.items():
+            store(builder, builder.load(cell), builder.add(builder.add(out, builder.mul(out_bytes, const_i64(r))), const_i64(64 * v)))
+
+    def twin(p, p_bytes, values, width, begin, end, out, out_bytes):
+        y = np.zeros((rows, 16 * vectors), np.float32)
+        for s in range(begin, end):
+            row = peek(values + s * width * size, dtype, 16 * vectors).astype(np.float32)
+            x = np.array([peek(p + r * p_bytes + 4 * s, np.float32, 1)[0] for r in range(rows)])
+            y = twin_fma(x[:, None], row[None], y)
+        for r in range(rows):
+            poke(out + r * out_bytes, y[r])
+
+    return op(void, (i64,) * 8, twin)(emit)
+
+
+@njit
+def softmax_row(scores, begin, end, low, high, out):
+    """Turn scores begin..end (multiples of 16) into weights 2**(s - max), 0 outside low..high; out: max, then their sum."""
+    top = splat_f32(F(-np.inf))
+    for s in range(begin, end, 16):
+        v = keep_lanes(load_f32(scores + 4 * s), low - s, high - s)
+        store_f32(scores + 4 * s, v)
+        top = maximum(v, top)
+    largest = max_f32(top)
+    put_f32(out, largest)
+    total = splat_f32(F(0.0))
+    if largest > F(-np.inf):
+        shift = splat_f32(largest)
+        for s in range(begin, end, 16):
+            v = exp2(sub(load_f32(scores + 4 * s), shift))
+            store_f32(scores + 4 * s, v)
+            total = add(total, v)
+    else:
+        for s in range(begin, end, 16):
+            store_f32(scores + 4 * s, total)
+    put_f32(out + 4, sum_f32(total))
+
+
+@njit
+def merge(running, part, width):
+    """Merge one block's (max, sum, -, values) into the running one; both are 16 numbers of head and `width` values."""
+    top = get_f32(part)
+    if not top > F(-np.inf):
+        return
+    old = get_f32(running)
+    new = max(old, top)
+    a = exp2(splat_f32(old - new))
+    b = exp2(splat_f32(top - new))
+    put_f32(running, new)
+    put_f32(running + 4, fma1(get_f32(running + 4), first(a), get_f32(part + 4) * first(b)))
+    for k in range(64, 64 + 4 * width, 64):
+        store_f32(running + k, fma(load_f32(running + k), a, mul(load_f32(part + k), b)))
+
+
+@njit
+def clear(running, width):
+    """An empty running result: max -inf, sum 0, values 0."""
+    zero = splat_f32(F(0.0))
+    for k in range(0, 64 + 4 * width, 64):
+        store_f32(running + k, zero)
+    put_f32(running, F(-np.inf))
+
+
+@njit
+def finish(running, dim, out):
+    """The attention output of one head: values / sum."""
+    scale = F(1.0) / get_f32(running + 4)
+    for k in range(dim):
+        put_f32(out + 4 * k, get_f32(running + 64 + 4 * k) * scale)
+
+
+@functools.lru_cache(maxsize=None)
+def attend(kv):
+    """A kernel (q, q_bytes, rows, offset, position, heads, window, start, capacity, keys, values, dim, width, scores, parts).
+
+    One block of positions start..start + BLOCK for `rows` (at most TALLEST) queries. Row r belongs to the token at
+    position + (offset + r) // heads. keys, values: of this kv head, position s at s % capacity. scores: scratch,
+    TALLEST x BLOCK. parts: per row 16 + width float32: max, sum, then the weighted values.
+    """
+    s1, s2, s3, s4, s5, s6 = [score_tile(kv, r) for r in range(1, TALLEST + 1)]
+    v1, v2, v3, v4, v5, v6 = [value_tile(kv, r, 4) for r in range(1, TALLEST + 1)]
+    w1, w2, w3, w4, w5, w6 = [value_tile(kv, r, 1) for r in range(1, TALLEST + 1)]
+    size = _LOAD[kv][0]
+
+    @njit
+    def scores_of(rows, q, q_bytes, keys, dim, out):
+        if rows == 1:
+            s1(q, q_bytes, keys, dim, out, 4 * BLOCK)
+        elif rows == 2:
+            s2(q, q_bytes, keys, dim, out, 4 * BLOCK)
+        elif rows == 3:
+            s3(q, q_bytes, keys, dim, out, 4 * BLOCK)
+        elif rows == 4:
+            s4(q, q_bytes, keys, dim, out, 4 * BLOCK)
+        elif rows == 5:
+            s5(q, q_bytes, keys, dim, out, 4 * BLOCK)
+        else:
+            s6(q, q_bytes, keys, dim, out, 4 * BLOCK)
+
+    @njit
+    def values_of(rows, p, values, width, begin, end, out, stride):
+        lane = 0
+        while lane + 64 <= width:
+            at, to = values + lane * size, out + 4 * lane
+            if rows == 1:
+                v1(p, 4 * BLOCK, at, width, begin, end, to, stride)
+            elif rows == 2:
+                v2(p, 4 * BLOCK, at, width, begin, end, to, stride)
+            elif rows == 3:
+                v3(p, 4 * BLOCK, at, width, begin, end, to, stride)
+            elif rows == 4:
+                v4(p, 4 * BLOCK, at, width, begin, end, to, stride)
+            elif rows == 5:
+                v5(p, 4 * BLOCK, at, width, begin, end, to, stride)
+            else:
+                v6(p, 4 * BLOCK, at, width, begin, end, to, stride)
+            lane += 64
+        while lane < width:
+            at, to = values + lane * size, out + 4 * lane
+            if rows == 1:
+                w1(p, 4 * BLOCK, at, width, begin, end, to, stride)
+            elif rows == 2:
+                w2(p, 4 * BLOCK, at, width, begin, end, to, stride)
+            elif rows == 3:
+                w3(p, 4 * BLOCK, at, width, begin, end, to, stride)
+            elif rows == 4:
+                w4(p, 4 * BLOCK, at, width, begin, end, to, stride)
+            elif rows == 5:
+                w5(p, 4 * BLOCK, at, width, begin, end, to, stride)
+            else:
+                w6(p, 4 * BLOCK, at, width, begin, end, to, stride)
+            lane += 16
+
+    @njit
+    def attend_block(q, q_bytes, rows, offset, position, heads, window, start, capacity, keys, values, dim, width, scores, parts):
+        last = position + (offset + rows - 1) // heads
+        begin = max(0, position + offset // heads - window + 1 - start) // STRIP * STRIP
+        end = min(BLOCK, (last + 1 - start + STRIP - 1) // STRIP * STRIP)
+        slot = start % capacity
+        for s in range(begin, end, STRIP):
+            scores_of(rows, q, q_bytes, keys + (slot + s) * dim * size, dim, scores + 4 * s)
+        for r in range(rows):
+            own = position + (offset + r) // heads - start
+            part = parts + r * 4 * (16 + width)
+            softmax_row(scores + 4 * BLOCK * r, begin, end, own - window + 1, own + 1, part)
+        values_of(rows, scores, values + slot * width * size, width, begin, end, parts + 64, 4 * (16 + width))
+
+    return attend_block

@@ -1,0 +1,58 @@
+"""Which form of the int8 dot this machine gets, from the features Numba compiles for.
+
+One hard fact: the features are Numba's, not the CPU's: NUMBA_CPU_NAME and NUMBA_CPU_FEATURES
+choose the form too, so the AVX2 form can be tested on an AVX-512 machine. NPMIX_FORM names one outright.
+"""
+
+import functools
+import os
+import platform
+import sys
+
+import llvmlite.binding as llvm
+from numba.core import config
+
+FORMS = ("avx512vnni", "avxvnni", "avx2", "neon", "plain")
+
+
+@functools.lru_cache(maxsize=None)
+def features() -> frozenset[str]:
+    """The target features that Numba compiles for, without their plus signs."""
+    if config.CPU_FEATURES is not None:
+        text = config.CPU_FEATURES
+        return frozenset(part[1:] for part in text.split(",") if part.startswith("+"))
+    try:
+        return frozenset(name for name, on in llvm.get_host_cpu_features().items() if on)
+    except RuntimeError:  # LLVM knows no features of this host
+        return frozenset()
+
+
+def llvm_major() -> int:
+    return llvm.llvm_version_info[0]
+
+
+def is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def is_windows() -> bool:
+    return sys.platform == "win32"
+
+
+@functools.lru_cache(maxsize=None)
+def form() -> str:
+    """The best form whose instructions the target has."""
+    forced = os.environ.get("NPMIX_FORM")
+    if forced:
+        if forced not in FORMS:
+            raise ValueError(f"NPMIX_FORM is {forced!r}, expected one of {', '.join(FORMS)}")
+        return forced
+    has = features()
+    if is_x86():
+        if {"avx512vnni", "avx512bw", "avx512vl", "avx512f"} <= has:
+            return "avx512vnni"
+        if "avx2" in has and "fma" in has and "f16c" in has:
+            return "avxvnni" if "avxvnni" in has else "avx2"
+    elif platform.machine().lower() in ("aarch64", "arm64") and "dotprod" in has:
+        return "neon"
+    return "plain"

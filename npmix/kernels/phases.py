@@ -1,0 +1,164 @@
+"""Pieces of work that decode and prefill share: splitting, matrix dispatch, heads, experts' units.
+
+One hard fact: `mm` is the model's own dispatch over its formats and comes as an argument, so a phase is
+written once and compiled for what a model really holds.
+"""
+
+import functools
+
+import numpy as np
+from numpy import float32 as F
+
+from ..formats import EXPERT_UNIT
+from ._jit import njit
+from .attention import STRIP
+from .matmul import absent, matmul
+from .ops import add, get_f32, get_i64, load_f32, put_f32, put_i64, store_f32
+from .router import choose
+from .rows import quantise_group, quantise_row, rms_norm, rope, swiglu
+from .tables import *  # noqa: F403  (the columns)
+
+
+@functools.lru_cache(maxsize=None)
+def matmul_by_slot(slots):
+    """A kernel mm(slot, w, rows, cols, first, last, acts, tokens, out, out_bytes) over a model's (format, group) pairs."""
+    mm0, mm1, mm2, mm3 = [matmul(*slot) for slot in slots] + [absent] * (SLOTS - len(slots))
+
+    @njit
+    def mm(slot, w, rows, cols, first, last, acts, tokens, out, out_bytes):
+        if slot == 0:
+            mm0(w, rows, cols, first, last, acts, tokens, out, out_bytes)
+        elif slot == 1:
+            mm1(w, rows, cols, first, last, acts, tokens, out, out_bytes)
+        elif slot == 2:
+            mm2(w, rows, cols, first, last, acts, tokens, out, out_bytes)
+        else:
+            mm3(w, rows, cols, first, last, acts, tokens, out, out_bytes)
+
+    return mm
+
+
+@njit
+def blocks_of(rows):
+    return (rows + 15) // 16
+
+
+@njit
+def scratch(m, column, index):
+    """A member's own buffer."""
+    return m[SCRATCH] + index * m[SCRATCH_BYTES] + m[column]
+
+
+@njit
+def norm_and_check(m, x, weight, source, out):
+    """RMSNorm of one row; when the row is not finite, its `source` is noted: a layer from 1, or -1 for the embeddings."""
+    squares = rms_norm(x, weight, m[DIM], blocks_of(m[DIM]) * 16, get_f32(m[NUMBERS]), out)
+    if not squares < F(np.inf) and get_i64(m[STATUS] + BAD_LAYER) == 0:
+        put_i64(m[STATUS] + BAD_LAYER, source)
+
+
+@njit
+def norm_and_quantise(m, x, weight, source, group, row, out):
+    norm_and_check(m, x, weight, source, row)
+    quantise_row(row, m[DIM], group, out)
+
+
+@njit
+def qkv_blocks(mm, m, layers, layer, which, first, last, acts, tokens, out, out_bytes):
+    """Row blocks first..last of q (which 0), k (1) or v (2); a token's q, k, v stand side by side at `out`."""
+    rows = m[N_KV_HEADS] * m[HEAD_DIM]
+    if which == 0:
+        rows = m[N_HEADS] * m[HEAD_DIM]
+        mm(layers[layer, WQ_SLOT], layers[layer, WQ], rows, m[DIM], first, last, acts, tokens, out, out_bytes)
+    elif which == 1:
+        at = out + 4 * m[Q_WIDTH]
+        mm(layers[layer, WK_SLOT], layers[layer, WK], rows, m[DIM], first, last, acts, tokens, at, out_bytes)
+    else:
+        at = out + 4 * (m[Q_WIDTH] + m[KV_WIDTH])
+        mm(layers[layer, WV_SLOT], layers[layer, WV], rows, m[DIM], first, last, acts, tokens, at, out_bytes)
+
+
+@njit
+def head_row(m, kv_size, write, layer, item, qkv, t, position, temp):
+    """RoPE and placement of one head of one token: items are the query heads, then the key heads, then the value heads."""
+    dim, heads, kv_heads = m[HEAD_DIM], m[N_HEADS], m[N_KV_HEADS]
+    half = dim // 2
+    cos_sin = m[ROPE] + 8 * half * position
+    slot = position % m[CAPACITY]
+    if item < heads:
+        shared = heads // kv_heads
+        to = m[Q] + 4 * dim * ((item // shared * m[CHUNK] + t) * shared + item % shared)
+        rope(qkv + 4 * dim * item, cos_sin, half, get_f32(m[NUMBERS] + 4), to)
+        return
+    saturated = 0
+    if item < heads + kv_heads:
+        head = item - heads
+        rope(qkv + 4 * (m[Q_WIDTH] + dim * head), cos_sin, half, F(1.0), temp)
+        to = m[KEYS] + layer * m[KEYS_LAYER_BYTES] + kv_size * (m[CAPACITY] * head * dim + slot // STRIP * STRIP * dim + slot % STRIP)
+        for i in range(dim):
+            saturated |= write(get_f32(temp + 4 * i), to + kv_size * STRIP * i)
+    else:
+        head = item - heads - kv_heads
+        row = qkv + 4 * (m[Q_WIDTH] + m[KV_WIDTH] + dim * head)
+        to = m[VALUES] + layer * m[VALUES_LAYER_BYTES] + kv_size * (m[CAPACITY] * head + slot) * m[V_WIDTH]
+        for i in range(dim):
+            saturated |= write(get_f32(row + 4 * i), to + kv_size * i)
+    if saturated:
+        put_i64(m[STATUS] + SATURATED, 1)
+
+
+@njit
+def source_of(layer):
+    """Who made the input of a layer's first norm, as `norm_and_check` notes it."""
+    return layer if layer else -1
+
+
+@njit
+def route(mm, m, layers, layer, row, logits, experts, weights):
+    """Router logits of one row and the choice; without a router the one expert has weight 1."""
+    if layers[layer, ROUTER]:
+        mm(layers[layer, ROUTER_SLOT], layers[layer, ROUTER], m[N_EXPERTS], m[DIM], 0, blocks_of(m[N_EXPERTS]), row, 1, logits, 0)
+    choose(logits, m[N_EXPERTS], m[N_ACTIVE], experts, weights)
+
+
+@njit
+def expert_unit(mm, m, layers, layer, expert, unit, acts, tokens, gate, up):
+    """EXPERT_UNIT rows of w_gate and w_up of one expert with SwiGLU: float32 (tokens, EXPERT_UNIT) at `gate`, zero past hidden_dim."""
+    hidden, slot = m[HIDDEN_DIM], layers[layer, GATE_SLOT]
+    first = unit * (EXPERT_UNIT // 16)
+    last = min(first + EXPERT_UNIT // 16, blocks_of(hidden))
+    at = EXPERTS + 3 * expert
+    mm(slot, layers[layer, at], hidden, m[DIM], first, last, acts, tokens, gate - 64 * first, 4 * EXPERT_UNIT)
+    mm(slot, layers[layer, at + 1], hidden, m[DIM], first, last, acts, tokens, up - 64 * first, 4 * EXPERT_UNIT)
+    valid = min(EXPERT_UNIT, hidden - 16 * first)
+    for t in range(tokens):
+        row = 4 * EXPERT_UNIT * t
+        for k in range(valid, EXPERT_UNIT):
+            put_f32(gate + row + 4 * k, F(0.0))
+            put_f32(up + row + 4 * k, F(0.0))
+        swiglu(gate + row, up + row, EXPERT_UNIT, gate + row)
+
+
+@njit
+def unit_to_acts(h, unit, hidden, group, tile, height, t):
+    """One token's EXPERT_UNIT values of `unit` as part of w_down's activations, at place t of a tile of `height` tokens."""
+    start = unit * EXPERT_UNIT
+    if group == 0:
+        width = blocks_of(hidden) * 16
+        for k in range(0, min(EXPERT_UNIT, width - start), 16):
+            store_f32(tile + 4 * (t * width + start + k), load_f32(h + 4 * k))
+        return
+    n_groups = (hidden + 2 * group - 1) // (2 * group) * 2
+    scales = tile + height * n_groups * group
+    sums = scales + 4 * height * n_groups
+    for g in range(start // group, min((start + EXPERT_UNIT) // group, n_groups)):
+        codes = tile + height * g * group + 4 * t
+        at = 4 * (height * g + t)
+        quantise_group(h + 4 * (g * group - start), group, codes, 4 * height, scales + at, sums + at)
+
+
+@njit
+def add_rows(x, y, first, last):
+    """x += y over row blocks first..last."""
+    for k in range(64 * first, 64 * last, 64):
+        store_f32(x + k, add(load_f32(x + k), load_f32(y + k)))

@@ -1,0 +1,281 @@
+"""Prefill: a chunk of tokens through one layer, every member of the team on its share of each phase.
+
+One hard fact: prefill does much with each weight, so work is handed out in units by a shared counter
+(experts get unequal numbers of tokens), tokens are sorted by expert, and activations are packed by tile
+once per input. The order of additions is decode's, so the bits are too.
+
+`skip` tokens at the start of the chunk only fill the cache: in the last layer, when only the last
+position's logits are wanted, everything after the keys and values is computed for that position alone.
+"""
+
+import functools
+
+from numpy import float32 as F
+
+from ..formats import EXPERT_UNIT
+from ._jit import njit
+from .attention import BLOCK, TALLEST, attend, clear, finish, merge
+from .matmul import act_bytes, n_tiles
+from .ops import add, atomic_add, fma, get_f32, get_i32, load_f32, put_i32, splat_f32, store_f32
+from .phases import add_rows, blocks_of, expert_unit, head_row, matmul_by_slot, norm_and_check, norm_and_quantise, qkv_blocks, route, scratch, source_of, unit_to_acts
+from .rows import cache_write, embed, put_in_tile, quantise_row
+from .tables import *  # noqa: F403  (the columns)
+from .team import barrier
+
+UNIT = 4  # row blocks a member takes at a time
+QUERY_ROWS = 64  # query rows (tokens x heads of one kv head) a member takes at a time
+
+
+@functools.lru_cache(maxsize=None)
+def prefill_kernel(slots, kv):
+    """An entry (m, layers, tokens, position, layer, skip, index, members): one layer of the chunk in TOKENS.
+
+    The chunk's first token stands at `position`. Layer 0 embeds. The counters must be 0.
+    """
+    mm, attend_block, write = matmul_by_slot(slots), attend(kv), cache_write(kv)
+    kv_size = 2 if kv == "f16" else 4
+
+    @njit(entry=f"{slots} {kv}")
+    def prefill(m, layers, tokens, position, layer, skip, index, members):
+        if layer == 0:
+            for t in range(index, tokens, members):
+                token, at = get_i32(m[TOKENS] + 4 * t), m[X] + 4 * m[X_WIDTH] * t
+                embed(m[EMBEDDINGS], m[EMBEDDINGS_FORMAT], m[EMBEDDINGS_GROUP], token, m[DIM], at)
+            barrier(m[BARRIER], members)
+        project(mm, write, kv_size, m, layers, layer, tokens, position, skip, index, members)
+        attention(attend_block, kv_size, m, layer, tokens, position, skip, index, members)
+        attention_output(mm, m, layers, layer, tokens, skip, index, members)
+        choose_experts(mm, m, layers, layer, tokens, skip, index, members)
+        experts(mm, m, layers, layer, tokens - skip, skip, index, members)
+
+    return prefill
+
+
+@functools.lru_cache(maxsize=None)
+def logits_kernel(slots):
+    """An entry (m, first, tokens, logits, logits_bytes, index, members): logits of the chunk's tokens first..first + tokens."""
+    mm = matmul_by_slot(slots)
+
+    @njit(entry=f"{slots}")
+    def logits(m, first, tokens, out, out_bytes, index, members):
+        slot = m[OUTPUT_SLOT]
+        norm_tiles(m, m[NORM], m[N_LAYERS], m[GROUP_0 + slot], first, tokens, m[ACTS], index, members)
+        barrier(m[BARRIER], members)
+        count = blocks_of(m[VOCAB])
+        units = (count + UNIT - 1) // UNIT
+        unit = atomic_add(m[COUNTERS] + COUNT_LOGITS, 1)
+        while unit < units:
+            begin = unit * UNIT
+            mm(slot, m[OUTPUT], m[VOCAB], m[DIM], begin, min(begin + UNIT, count), m[ACTS], tokens, out, out_bytes)
+            unit = atomic_add(m[COUNTERS] + COUNT_LOGITS, 1)
+        barrier(m[BARRIER], members)
+
+    return logits
+
+
+@njit
+def norm_tiles(m, weight, source, group, first, tokens, acts, index, members):
+    """Norm and quantise the chunk's tokens first..first + tokens into tiles at `acts`."""
+    row, act = scratch(m, S_ROW, index), scratch(m, S_ACT, index)
+    token_bytes, tiles = act_bytes(m[DIM], group), n_tiles(tokens)
+    for i in range(index, tiles, members):
+        start, end = i * tokens // tiles, (i + 1) * tokens // tiles
+        for t in range(start, end):
+            norm_and_quantise(m, m[X] + 4 * m[X_WIDTH] * (first + t), weight, source, group, row, act)
+            put_in_tile(act, m[DIM], group, acts + start * token_bytes, end - start, t - start)
+
+
+@njit
+def project(mm, write, kv_size, m, layers, layer, tokens, position, skip, index, members):
+    """q, k, v of the chunk, RoPE, cache."""
+    group = m[GROUP_0 + layers[layer, WQ_SLOT]]
+    weight, source, few = layers[layer, ATTENTION_NORM], source_of(layer), m[ACTS] + tokens * act_bytes(m[DIM], group)
+    norm_tiles(m, weight, source, group, 0, tokens, m[ACTS], index, members)
+    if skip:
+        norm_tiles(m, weight, source, group, skip, tokens - skip, few, index, members)
+    barrier(m[BARRIER], members)
+    q_blocks, kv_blocks = m[Q_WIDTH] // 16, m[KV_WIDTH] // 16
+    q_units, kv_units = (q_blocks + UNIT - 1) // UNIT, (kv_blocks + UNIT - 1) // UNIT
+    qkv_bytes = 4 * (m[Q_WIDTH] + 2 * m[KV_WIDTH])
+    unit = atomic_add(m[COUNTERS] + COUNT_QKV, 1)
+    while unit < q_units + 2 * kv_units:
+        if unit < q_units:
+            begin, end = unit * UNIT, min(unit * UNIT + UNIT, q_blocks)
+            acts = few if skip else m[ACTS]
+            qkv_blocks(mm, m, layers, layer, 0, begin, end, acts, tokens - skip, m[QKV] + skip * qkv_bytes, qkv_bytes)
+        else:
+            begin = (unit - q_units) % kv_units * UNIT
+            end = min(begin + UNIT, kv_blocks)
+            qkv_blocks(mm, m, layers, layer, 1 + (unit - q_units) // kv_units, begin, end, m[ACTS], tokens, m[QKV], qkv_bytes)
+        unit = atomic_add(m[COUNTERS] + COUNT_QKV, 1)
+    barrier(m[BARRIER], members)
+    temp = scratch(m, S_SCORES, index)
+    for t in range(index, tokens, members):
+        for item in range(0 if t >= skip else m[N_HEADS], m[N_HEADS] + 2 * m[N_KV_HEADS]):
+            head_row(m, kv_size, write, layer, item, m[QKV] + qkv_bytes * t, t, position + t, temp)
+    barrier(m[BARRIER], members)
+
+
+@njit
+def attention(attend_block, kv_size, m, layer, tokens, position, skip, index, members):
+    """Units of (kv head, run of tokens), the longest first; each walks its blocks with a running result per row."""
+    dim, width, capacity = m[HEAD_DIM], m[V_WIDTH], m[CAPACITY]
+    shared = m[N_HEADS] // m[N_KV_HEADS]
+    step = max(1, QUERY_ROWS // shared)
+    runs = (tokens - skip + step - 1) // step
+    part_bytes = 4 * (16 + width)
+    running, parts, scores = scratch(m, S_RUNNING, index), scratch(m, S_PARTS, index), scratch(m, S_SCORES, index)
+    unit = atomic_add(m[COUNTERS] + COUNT_ATTENTION, 1)
+    while unit < runs * m[N_KV_HEADS]:
+        head = unit % m[N_KV_HEADS]
+        first = skip + (runs - 1 - unit // m[N_KV_HEADS]) * step
+        rows = min(step, tokens - first) * shared
+        keys = m[KEYS] + layer * m[KEYS_LAYER_BYTES] + kv_size * capacity * head * dim
+        values = m[VALUES] + layer * m[VALUES_LAYER_BYTES] + kv_size * capacity * head * width
+        q = m[Q] + 4 * dim * shared * (head * m[CHUNK] + first)
+        at = position + first
+        for r in range(rows):
+            clear(running + r * part_bytes, width)
+        for block in range(max(0, at - m[WINDOW] + 1) // BLOCK, (at + (rows - 1) // shared) // BLOCK + 1):
+            start = block * BLOCK
+            for r in range(0, rows, TALLEST):
+                n = min(TALLEST, rows - r)
+                if at + (r + n - 1) // shared >= start:
+                    attend_block(q + 4 * dim * r, 4 * dim, n, r, at, shared, m[WINDOW], start, capacity, keys, values, dim, width, scores, parts)
+                    for i in range(n):
+                        merge(running + (r + i) * part_bytes, parts + i * part_bytes, width)
+        for r in range(rows):
+            out = m[ATT] + 4 * (m[ATT_WIDTH] * (first + r // shared) + dim * (head * shared + r % shared))
+            finish(running + r * part_bytes, dim, out)
+        unit = atomic_add(m[COUNTERS] + COUNT_ATTENTION, 1)
+    barrier(m[BARRIER], members)
+
+
+@njit
+def attention_output(mm, m, layers, layer, tokens, skip, index, members):
+    """x += wo @ heads."""
+    slot, width, count = layers[layer, WO_SLOT], m[N_HEADS] * m[HEAD_DIM], tokens - skip
+    group, act = m[GROUP_0 + slot], scratch(m, S_ACT, index)
+    token_bytes, tiles = act_bytes(width, group), n_tiles(count)
+    for i in range(index, tiles, members):
+        start, end = i * count // tiles, (i + 1) * count // tiles
+        for t in range(start, end):
+            quantise_row(m[ATT] + 4 * m[ATT_WIDTH] * (skip + t), width, group, act)
+            put_in_tile(act, width, group, m[ACTS] + start * token_bytes, end - start, t - start)
+    barrier(m[BARRIER], members)
+    blocks, x_bytes = blocks_of(m[DIM]), 4 * m[X_WIDTH]
+    unit = atomic_add(m[COUNTERS] + COUNT_OUT, 1)
+    while unit * UNIT < blocks:
+        begin, end = unit * UNIT, min(unit * UNIT + UNIT, blocks)
+        mm(slot, layers[layer, WO], m[DIM], width, begin, end, m[ACTS], count, m[Y], x_bytes)
+        for t in range(count):
+            add_rows(m[X] + x_bytes * (skip + t), m[Y] + x_bytes * t, begin, end)
+        unit = atomic_add(m[COUNTERS] + COUNT_OUT, 1)
+    barrier(m[BARRIER], members)
+
+
+@njit
+def choose_experts(mm, m, layers, layer, tokens, skip, index, members):
+    """Norm, router, quantised rows; then a counting sort of the (token, choice) pairs by expert, and tiles by expert.
+
+    Afterwards: ORDER, the token of each place; RANK, the place of each pair; STARTS, each expert's first place;
+    ACTS, the tiles. Tokens count from `skip`.
+    """
+    active, group = m[N_ACTIVE], m[GROUP_0 + layers[layer, GATE_SLOT]]
+    token_bytes, row = act_bytes(m[DIM], group), scratch(m, S_ROW, index)
+    for t in range(skip + index, tokens, members):
+        norm_and_check(m, m[X] + 4 * m[X_WIDTH] * t, layers[layer, FFN_NORM], layer + 1, row)
+        choice = 4 * active * (t - skip)
+        route(mm, m, layers, layer, row, scratch(m, S_LOGITS, index), m[CHOICE] + choice, m[CHOICE_WEIGHT] + choice)
+        quantise_row(row, m[DIM], group, m[ROWS] + (t - skip) * token_bytes)
+    barrier(m[BARRIER], members)
+    if index == 0:
+        sort_by_expert(m, (tokens - skip) * active)
+    barrier(m[BARRIER], members)
+    turn = 0
+    for expert in range(m[N_EXPERTS]):
+        begin, count = expert_places(m, expert)
+        tiles = n_tiles(count)
+        for i in range(tiles):
+            turn += 1
+            if turn % members == index:
+                start, end = i * count // tiles, (i + 1) * count // tiles
+                tile = m[ACTS] + (begin + start) * token_bytes
+                for place in range(start, end):
+                    token = get_i32(m[ORDER] + 4 * (begin + place))
+                    put_in_tile(m[ROWS] + token * token_bytes, m[DIM], group, tile, end - start, place - start)
+    barrier(m[BARRIER], members)
+
+
+@njit
+def expert_places(m, expert):
+    """An expert's first place and its number of places."""
+    begin = get_i32(m[STARTS] + 4 * expert)
+    return begin, get_i32(m[STARTS] + 4 * (expert + 1)) - begin
+
+
+@njit
+def sort_by_expert(m, pairs):
+    """Counting sort of CHOICE; stable, so an expert's places are in token order."""
+    for e in range(m[N_EXPERTS] + 1):
+        put_i32(m[STARTS] + 4 * e, 0)
+    for p in range(pairs):
+        at = m[STARTS] + 4 * (get_i32(m[CHOICE] + 4 * p) + 1)
+        put_i32(at, get_i32(at) + 1)
+    for e in range(m[N_EXPERTS]):
+        at = m[STARTS] + 4 * e
+        put_i32(at + 4, get_i32(at + 4) + get_i32(at))
+    for p in range(pairs):  # STARTS[e] runs through the expert's places, then is set back
+        at = m[STARTS] + 4 * get_i32(m[CHOICE] + 4 * p)
+        place = get_i32(at)
+        put_i32(at, place + 1)
+        put_i32(m[ORDER] + 4 * place, p // m[N_ACTIVE])
+        put_i32(m[RANK] + 4 * p, place)
+    for e in range(m[N_EXPERTS], 0, -1):
+        put_i32(m[STARTS] + 4 * e, get_i32(m[STARTS] + 4 * (e - 1)))
+    put_i32(m[STARTS], 0)
+
+
+@njit
+def experts(mm, m, layers, layer, tokens, skip, index, members):
+    """Every expert on its tokens: gate and up with SwiGLU, down, then each token's weighted sum in expert order."""
+    hidden, gate_slot, down = m[HIDDEN_DIM], layers[layer, GATE_SLOT], layers[layer, DOWN_SLOT]
+    group = m[GROUP_0 + down]
+    in_bytes, h_bytes, x_bytes = act_bytes(m[DIM], m[GROUP_0 + gate_slot]), act_bytes(hidden, group), 4 * m[X_WIDTH]
+    gate, up = scratch(m, S_GATE, index), scratch(m, S_UP, index)
+    units = (hidden + EXPERT_UNIT - 1) // EXPERT_UNIT
+    item = atomic_add(m[COUNTERS] + COUNT_GATE, 1)
+    while item < m[N_EXPERTS] * units:
+        expert, unit = item // units, item % units
+        begin, count = expert_places(m, expert)
+        if count:
+            expert_unit(mm, m, layers, layer, expert, unit, m[ACTS] + begin * in_bytes, count, gate, up)
+            tiles = n_tiles(count)
+            for i in range(tiles):
+                start, end = i * count // tiles, (i + 1) * count // tiles
+                tile = m[H_ACTS] + (begin + start) * h_bytes
+                for t in range(start, end):
+                    unit_to_acts(gate + 4 * EXPERT_UNIT * t, unit, hidden, group, tile, end - start, t - start)
+        item = atomic_add(m[COUNTERS] + COUNT_GATE, 1)
+    barrier(m[BARRIER], members)
+    blocks = blocks_of(m[DIM])
+    units = (blocks + UNIT - 1) // UNIT
+    item = atomic_add(m[COUNTERS] + COUNT_DOWN, 1)
+    while item < m[N_EXPERTS] * units:
+        expert, first = item // units, item % units * UNIT
+        begin, count = expert_places(m, expert)
+        if count:
+            w, h = layers[layer, EXPERTS + 3 * expert + 2], m[H_ACTS] + begin * h_bytes
+            mm(down, w, m[DIM], hidden, first, min(first + UNIT, blocks), h, count, m[Y] + begin * x_bytes, x_bytes)
+        item = atomic_add(m[COUNTERS] + COUNT_DOWN, 1)
+    barrier(m[BARRIER], members)
+    for t in range(index, tokens, members):
+        x = m[X] + x_bytes * (skip + t)
+        pair = 4 * m[N_ACTIVE] * t
+        for k in range(0, 64 * blocks, 64):
+            total = splat_f32(F(0.0))
+            for a in range(m[N_ACTIVE]):
+                y = load_f32(m[Y] + x_bytes * get_i32(m[RANK] + pair + 4 * a) + k)
+                total = fma(splat_f32(get_f32(m[CHOICE_WEIGHT] + pair + 4 * a)), y, total)
+            store_f32(x + k, add(load_f32(x + k), total))
+    barrier(m[BARRIER], members)

@@ -1,0 +1,205 @@
+"""What happens to one token's row between the matrix products: embedding, RMSNorm, quantisation, SwiGLU, RoPE.
+
+One hard fact: each of these is written once and used by decode and prefill alike, so a row gets the
+same bits on both ways. Rows are padded with zeros to whole vectors.
+"""
+
+import functools
+
+from numpy import float32 as F
+from numpy import int32 as I32
+
+from ..formats import FORMAT_IDS, PACKED
+from ._jit import njit
+from .ops import (
+    absolute,
+    add,
+    add_i32,
+    div,
+    exp2,
+    fma,
+    fma1,
+    get_bf16,
+    get_f16,
+    get_f32,
+    get_i32,
+    get_u8,
+    load_f32,
+    maximum,
+    max_f32,
+    mul,
+    nearest,
+    put_f16,
+    put_f32,
+    put_i32,
+    splat_f32,
+    splat_i32,
+    sqrt1,
+    store_f32,
+    store_i8_words,
+    sum_f32,
+    sum_i32,
+    to_i32,
+)
+
+
+MINUS_LOG2_E = -1.4426950408889634
+F16_MAX = 65504.0
+_F32, _F16, _Q8 = FORMAT_IDS["f32"], FORMAT_IDS["f16"], FORMAT_IDS["q8"]
+_BF16 = FORMAT_IDS["bf16"]
+_Q4 = FORMAT_IDS["q4"]
+_Q8_STEP, _Q8_ZERO, _Q4_STEP, _Q4_ZERO = PACKED["q8"].step, PACKED["q8"].zero, PACKED["q4"].step, PACKED["q4"].zero
+
+
+@njit
+def embed(table, form, group, token, dim, out):
+    """Row `token` of an embedding table in any format, as float32 (dim,)."""
+    if form == _F32:
+        for k in range(dim):
+            put_f32(out + 4 * k, get_f32(table + 4 * (token * dim + k)))
+    elif form == _F16:
+        for k in range(dim):
+            put_f32(out + 4 * k, get_f16(table + 2 * (token * dim + k)))
+    elif form == _BF16:
+        for k in range(dim):
+            put_f32(out + 4 * k, get_bf16(table + 2 * (token * dim + k)))
+    else:
+        _embed_packed(table, form, group, token, dim, out)
+
+
+@njit
+def _embed_packed(table, form, group, token, dim, out):
+    """w = (code - zero) * scale, from the row's bytes 4 * (token % 16) .. + 3 of each line."""
+    step = _Q8_STEP if form == _Q8 else _Q4_STEP
+    zero = _Q8_ZERO if form == _Q8 else _Q4_ZERO
+    span = 64 + 2 * (group // step) * 64
+    block = table + token // 16 * ((dim + 2 * group - 1) // (2 * group)) * span
+    lane = token % 16
+    for k in range(dim):
+        g = k // group
+        base = block + g // 2 * span
+        scale = get_f16(base + g % 2 * 32 + 2 * lane)
+        within = k % group
+        line = base + 64 + g % 2 * (group // step) * 64 + within // step * 64
+        byte = get_u8(line + 4 * lane + within % 4)
+        if form == _Q4:
+            byte = byte & 15 if within % 8 < 4 else byte >> 4
+        put_f32(out + 4 * k, F(byte - zero) * scale)
+
+
+@njit
+def rms_norm(x, weight, dim, width, eps, out):
+    """x / sqrt(mean(x**2) + eps) * weight (Zhang & Sennrich 2019, arXiv 1910.07467); width: dim padded to 16.
+
+    Returns the sum of squares, which is not finite when any element is not.
+    """
+    total = splat_f32(F(0.0))
+    for k in range(0, width, 16):
+        v = load_f32(x + 4 * k)
+        total = fma(v, v, total)
+    squares = sum_f32(total)
+    scale = splat_f32(F(1.0) / sqrt1(squares / F(dim) + eps))
+    for k in range(0, width, 16):
+        store_f32(out + 4 * k, mul(mul(load_f32(x + 4 * k), scale), load_f32(weight + 4 * k)))
+    return squares
+
+
+@njit
+def quantise_group(x, group, codes, word_bytes, scale, total):
+    """int8 codes = nearest(x * 127 / max|x|) of one group of inputs, their float32 scale and int32 sum.
+
+    Four consecutive codes are a word, `word_bytes` apart, as a tile wants them. A group with an element
+    that is not finite gets a NaN for a scale, so that nothing hides it.
+    """
+    top, taint = splat_f32(F(0.0)), splat_f32(F(0.0))
+    for k in range(0, group, 16):
+        v = load_f32(x + 4 * k)
+        top = maximum(absolute(v), top)
+        taint = fma(v, splat_f32(F(0.0)), taint)
+    largest = max_f32(top)
+    counted = splat_i32(I32(0))
+    if largest < F(1e-30):  # 127 / largest would overflow
+        for k in range(0, group, 16):
+            store_i8_words(codes + k // 4 * word_bytes, counted, word_bytes)
+        put_f32(scale, sum_f32(taint))
+        put_i32(total, 0)
+        return
+    inverse = splat_f32(F(127.0) / largest)
+    for k in range(0, group, 16):
+        code = to_i32(nearest(mul(load_f32(x + 4 * k), inverse)))
+        counted = add_i32(counted, code)
+        store_i8_words(codes + k // 4 * word_bytes, code, word_bytes)
+    put_f32(scale, largest / F(127.0) + sum_f32(taint))
+    put_i32(total, sum_i32(counted))
+
+
+@njit
+def quantise_row(x, cols, group, out):
+    """One token's activations in the layout of a tile of height 1; with group 0 a copy of the row."""
+    if group == 0:
+        for k in range(0, cols, 16):
+            store_f32(out + 4 * k, load_f32(x + 4 * k))
+        return
+    n_groups = (cols + 2 * group - 1) // (2 * group) * 2
+    scales = out + n_groups * group
+    for g in range(n_groups):
+        quantise_group(x + 4 * g * group, group, out + g * group, 4, scales + 4 * g, scales + 4 * (n_groups + g))
+
+
+@njit
+def put_in_tile(row, cols, group, tile, height, t):
+    """Copy one token's activations (height 1) into place t of a tile of `height` tokens."""
+    if group == 0:
+        at = tile + t * ((cols + 15) // 16 * 64)
+        for k in range(0, cols, 16):
+            store_f32(at + 4 * k, load_f32(row + 4 * k))
+        return
+    n_groups = (cols + 2 * group - 1) // (2 * group) * 2
+    words = n_groups * group // 4
+    for i in range(words + 2 * n_groups):  # codes, scales and sums are all four bytes a piece
+        put_i32(tile + 4 * (i * height + t), get_i32(row + 4 * i))
+
+
+@njit
+def swiglu(gate, up, count, out):
+    """silu(gate) * up = gate / (1 + exp(-gate)) * up (Shazeer 2020, arXiv 2002.05202); count: a multiple of 16."""
+    one = splat_f32(F(1.0))
+    for k in range(0, count, 16):
+        g = load_f32(gate + 4 * k)
+        e = exp2(mul(g, splat_f32(F(MINUS_LOG2_E))))
+        store_f32(out + 4 * k, mul(div(g, add(one, e)), load_f32(up + 4 * k)))
+
+
+@njit
+def rope(x, cos_sin, half, scale, out):
+    """Rotate the pairs (x[i], x[i + half]) by the position's angles and scale (Su et al. 2021, arXiv 2104.09864).
+
+    cos_sin: float32, `half` cosines, then `half` sines.
+    """
+    for i in range(half):
+        c, s = get_f32(cos_sin + 4 * i), get_f32(cos_sin + 4 * (half + i))
+        a, b = get_f32(x + 4 * i), get_f32(x + 4 * (half + i))
+        put_f32(out + 4 * i, fma1(F(0.0) - b, s, a * c) * scale)
+        put_f32(out + 4 * (half + i), fma1(b, c, a * s) * scale)
+
+
+@functools.lru_cache(maxsize=None)
+def cache_write(kv):
+    """A kernel (value, address): one number into the KV cache; returns 1 if it did not fit float16 and was saturated."""
+
+    @njit
+    def write_f16(value, address):
+        saturated = 0
+        if value > F(F16_MAX):
+            value, saturated = F(F16_MAX), 1
+        elif value < F(-F16_MAX):
+            value, saturated = F(-F16_MAX), 1
+        put_f16(address, value)
+        return saturated
+
+    @njit
+    def write_f32(value, address):
+        put_f32(address, value)
+        return 0
+
+    return write_f16 if kv == "f16" else write_f32

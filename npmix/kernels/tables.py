@@ -1,0 +1,38 @@
+"""The columns of the two int64 tables through which Python tells kernels where everything lies.
+
+One hard fact: compiled code has no bounds checks, so whoever fills a table has checked every number.
+
+`m` (machine): sizes, slots and the addresses of the run state's buffers (their shapes: `model/state.py`).
+`layers`: a row a layer; a matrix is two columns, its address and its slot; experts follow from EXPERTS on,
+three addresses each (w_gate, w_up, w_down).
+A slot (0..3) is one of the at most four (format, group) pairs of a model.
+"""
+
+SLOTS = 4
+
+# GROUP_s: inputs per scale of slot s, 0 for a dense one. NUMBERS: float32 norm_eps, query scale.
+(
+    DIM, N_LAYERS, N_HEADS, N_KV_HEADS, HEAD_DIM, HIDDEN_DIM, N_EXPERTS, N_ACTIVE, VOCAB, WINDOW,
+    X_WIDTH, Q_WIDTH, KV_WIDTH, V_WIDTH, ATT_WIDTH,
+    GROUP_0, GROUP_1, GROUP_2, GROUP_3,
+    CAPACITY, CHUNK, KEYS_LAYER_BYTES, VALUES_LAYER_BYTES,
+    EMBEDDINGS, EMBEDDINGS_FORMAT, EMBEDDINGS_GROUP, NORM, OUTPUT, OUTPUT_SLOT,
+    NUMBERS, ROPE, KEYS, VALUES,
+    X, QKV, Q, ATT, ROWS, ACTS, H_ACTS, Y, PARTS,
+    TOKENS, CHOICE, CHOICE_WEIGHT, ORDER, RANK, STARTS,
+    SCRATCH, SCRATCH_BYTES, S_ROW, S_ACT, S_GATE, S_UP, S_LOGITS, S_CHOICE, S_SCORES, S_PARTS, S_RUNNING,
+    COUNTERS, BARRIER, STATUS,
+) = range(62)  # fmt: skip
+MACHINE_COLUMNS = STATUS + 1
+
+(
+    ATTENTION_NORM, FFN_NORM, WQ, WQ_SLOT, WK, WK_SLOT, WV, WV_SLOT, WO, WO_SLOT, ROUTER, ROUTER_SLOT, GATE_SLOT, DOWN_SLOT, EXPERTS,
+) = range(15)  # fmt: skip
+
+# STATUS: int64 cells that kernels set and the engine reads
+BAD_LAYER = 0  # byte offset: the first layer, from 1, whose output is not finite; -1 the embeddings; 0 none
+SATURATED = 8  # byte offset: whether a float16 cache write was saturated
+
+# COUNTERS: one cache line a phase of dynamic work
+COUNT_QKV, COUNT_ATTENTION, COUNT_OUT, COUNT_GATE, COUNT_DOWN, COUNT_LOGITS = (64 * i for i in range(6))
+COUNTERS_BYTES = 6 * 64

@@ -1,0 +1,82 @@
+"""Prefill and decode of one model: fills the tables, calls the kernels, reads what they report.
+
+One hard fact: a token's logits have the same bits whichever way it came; both functions are made of
+the same kernels (`kernels/decode.py`, `kernels/prefill.py`).
+"""
+
+import numpy as np
+
+from ..errors import NumericsError
+from ..kernels import tables as t
+from ..kernels.decode import decode_kernel
+from ..kernels.prefill import logits_kernel, prefill_kernel
+from ..kernels.team import Team
+from .kv_cache import KVCache
+from .state import RunState
+from .weights import Weights
+
+SMALL = 8 << 20  # bytes of weights per decoded token below which a second thread costs more than it brings
+
+
+class Forward:
+    """One model's weights, cache and state, and the team that runs its kernels."""
+
+    def __init__(self, weights: Weights, context: int, chunk: int, kv: str, threads: int):
+        self.weights = weights
+        self.config = weights.config
+        self.cache = KVCache(self.config, context, chunk, kv)
+        self.state = RunState(weights, self.cache, context, chunk, threads)
+        self.team = Team(threads)
+        self._alone = Team(1)
+        slots = tuple(weights.slots)
+        self._decode = decode_kernel(slots, kv)
+        self._prefill = prefill_kernel(slots, kv)
+        self._logits = logits_kernel(slots)
+        self._width = -(-self.config.vocab_size // 16) * 16
+        self._row = np.zeros((1, self._width), np.float32)
+        self.decode_team = self._alone if weights.bytes_per_token() < SMALL else self.team
+        self.saturated = False  # a key or value did not fit float16
+
+    def decode(self, token: int, position: int) -> np.ndarray:
+        """Logits (V,) after one token at `position`; its keys and values enter the cache."""
+        m, row = self.state.m, self._row
+        address = row.__array_interface__["data"][0]
+        self.decode_team.run(self._decode, m, self.weights.layers, token, position, 0, self.config.n_layers, address)
+        self._check(row)
+        return row[0, : self.config.vocab_size].copy()
+
+    def prefill(self, tokens: np.ndarray, position: int, wanted: str = "last", on_layer=None) -> np.ndarray | None:
+        """One chunk of tokens at `position`.. through all layers; logits of its "last" (1, V), "all" (T, V) or "none" of them."""
+        count = len(tokens)
+        self.state.array(t.TOKENS)[:count] = tokens
+        for layer in range(self.config.n_layers):
+            final = layer == self.config.n_layers - 1
+            skip = count - 1 if final and wanted != "all" else 0
+            self.state.array(t.COUNTERS)[:] = 0
+            self.team.run(self._prefill, self.state.m, self.weights.layers, count, position, layer, skip)
+            if on_layer:
+                on_layer(layer)
+        if wanted == "none":
+            self._check(None)
+            return None
+        first = count - 1 if wanted == "last" else 0
+        rows = np.zeros((count - first, self._width), np.float32)
+        self.state.array(t.COUNTERS)[:] = 0
+        address = rows.__array_interface__["data"][0]
+        self.team.run(self._logits, self.state.m, first, count - first, address, rows.strides[0])
+        self._check(rows)
+        return rows[:, : self.config.vocab_size]
+
+    def _check(self, rows: np.ndarray | None) -> None:
+        """Raise NumericsError when a kernel saw a number that is not finite, or logits are not."""
+        status = self.state.array(t.STATUS)
+        self.saturated = self.saturated or bool(status[t.SATURATED // 8])
+        bad, status[t.BAD_LAYER // 8] = int(status[t.BAD_LAYER // 8]), 0
+        if not bad and (rows is None or np.isfinite(rows[:, : self.config.vocab_size]).all()):
+            return
+        where = "the embeddings" if bad < 0 else f"layer {bad - 1} (of 0..{self.config.n_layers - 1})" if bad else "the output matrix"
+        raise NumericsError(f"not finite: the first bad numbers came out of {where}; check the weights with `npmix verify`")
+
+    def close(self) -> None:
+        self.team.close()
+        self.weights.close()

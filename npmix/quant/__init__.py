@@ -1,0 +1,1 @@
+"""Quantisation in plain NumPy: packing, rounding, and the twin of each integer kernel."""
