@@ -4,8 +4,7 @@ One hard fact: memory bandwidth on a shared machine halves and doubles for minut
 measured in turns with the program, and shares are medians over the turns, never quotients of two medians.
 
 Decode is held against the read speed of memory: every decoded token reads all matrices outside the experts, A of E
-experts and the keys and values once. Prefill is held against the int8 peak, 2 operations a weight and token; the last
-layer's experts count for the last position only.
+experts and the keys and values once. Prefill is held against the int8 peak, 2 operations a weight and token.
 """
 
 import os
@@ -47,32 +46,26 @@ def _status(field: str) -> int | None:
     return None
 
 
-def decode_bytes(source, position: int, kv: str) -> int:
+def decode_bytes(engine, position: int) -> int:
     """Bytes that decoding the token at `position` has to read: weights, keys and values."""
-    config = source.config
-    total = 0
-    for name in source.names():
-        nbytes = source.tensor(name).nbytes
-        if name == "tok_embeddings":
-            total += nbytes // config.vocab_size + (nbytes if config.tied_embeddings else 0)
-        elif ".experts." in name:
-            total += nbytes * config.n_active // config.n_experts
-        else:
-            total += nbytes
+    config = engine.config
     seen = min(position + 1, config.sliding_window or position + 1)
-    return total + seen * config.n_layers * 2 * config.n_kv_heads * config.head_dim * KV_BYTES[kv]
+    return engine.bytes_per_token() + seen * config.n_layers * 2 * config.n_kv_heads * config.head_dim * KV_BYTES[engine.kv]
 
 
 def prefill_operations(config, tokens: int) -> int:
-    """Multiplications and additions by weights that `tokens` prompt tokens take; attention's own are left out."""
+    """Multiplications and additions by weights that `tokens` prompt tokens need; attention's own are left out.
+
+    In the last layer only keys and values are needed of all tokens, the rest of the last one alone.
+    """
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    attention = config.dim * (2 * q + 2 * kv)
-    experts = config.n_active * 3 * config.dim * config.hidden_dim
-    last = tokens * attention + experts + config.dim * config.vocab_size
-    return 2 * (tokens * (config.n_layers - 1) * (attention + experts) + last)
+    rest = config.dim * 2 * q + config.n_active * 3 * config.dim * config.hidden_dim  # weights: wq, wo, experts
+    cached = config.dim * 2 * kv  # wk, wv
+    weights = tokens * (config.n_layers - 1) * (rest + cached) + tokens * cached + rest + config.dim * config.vocab_size
+    return 2 * weights
 
 
-def formats(source) -> str:
+def weight_formats(source) -> str:
     """The weight formats of the matrices, the largest share first: "q4 group 64 (91 %), q8 group 64 (9 %)"."""
     sums: dict[str, int] = {}
     for name in source.names():
@@ -202,7 +195,7 @@ def speeds(engine, prompt: int, tokens: int, turns: int, report) -> dict:
         report(f"turn {turn + 1} of {turns}")
         rounds.append(_turn(engine, ids[:prompt], ids[prompt:]))
     operations = prefill_operations(engine.config, prompt)
-    nbytes = decode_bytes(engine.source, prompt + tokens // 2, engine.kv)
+    nbytes = decode_bytes(engine, prompt + tokens // 2)
     return {
         "ceilings": {"read_gbs": _summary(r["read_gbs"] for r in rounds), "int8_gops": _summary(r["int8_gops"] for r in rounds)},
         "prefill": {
@@ -235,7 +228,7 @@ def benchmark(path, *, threads=None, prompt=512, tokens=64, turns=5, chunk=None,
             "machine": machine(),
             "model": str(engine.source.path),
             "layers": engine.config.n_layers,
-            "format": formats(engine.source),
+            "format": weight_formats(engine.source),
             "threads": engine.threads,
             "chunk": engine.chunk,
             "kv": engine.kv,

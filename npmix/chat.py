@@ -9,7 +9,7 @@ Equal to mistral-common's `MistralTokenizer.v1()`.
 
 from collections.abc import Mapping, Sequence
 
-from .errors import InputError
+from .errors import InputError, TokenizerError
 from .tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
@@ -68,7 +68,14 @@ def encode_user(tokenizer: Tokenizer, content: str, system: str = "") -> list[in
 
 def encode_answer(tokenizer: Tokenizer, content: str) -> list[int]:
     """Ids of an answer given as text, with the end id behind it."""
-    return [*tokenizer.encode(content, bos=False), tokenizer.eos_id]
+    return [*tokenizer.encode(content, bos=False), end_id(tokenizer)]
+
+
+def end_id(tokenizer: Tokenizer) -> int:
+    """The id behind an answer; TokenizerError for a tokenizer that has none."""
+    if tokenizer.eos_id is None:
+        raise TokenizerError(f"{tokenizer.path} has no end token (</s>), which the instruct format needs: use an instruct model")
+    return tokenizer.eos_id
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:

@@ -19,7 +19,7 @@ import numpy as np
 from .checkpoint import open_checkpoint
 from .config import Config
 from .errors import ConversionError, InputError
-from .formats import DEFAULT_GROUP, DENSE, GROUPS, PACKED, ROW_BLOCK, packed_bytes
+from .formats import DEFAULT_GROUP, DENSE, GROUPS, ROW_BLOCK, packed_bytes
 from .kernels import rounding
 from .kernels._jit import DISABLED
 from .quant import round as plain
@@ -107,6 +107,7 @@ class _Rounder:
             yield waiting.popleft().result()
 
     def close(self):
+        """Stop the threads; pieces not yet begun are dropped."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -150,6 +151,8 @@ def convert(source, dst, quant: str = "q8", *, uniform=False, group=None, force=
     Raises ConversionError (space, permission, bad weights, occupied folder), StoreError (locked), CheckpointError, ConfigError.
     """
     recipe = make_recipe(quant, uniform, group)
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is {threads}, expected 1 or more")
     own = not hasattr(source, "tensor")
     if own:
         if Path(source).resolve() == Path(dst).resolve():

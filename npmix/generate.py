@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .chat import encode_chat, encode_user
+from .chat import encode_chat, encode_user, end_id
 from .config import Config
 from .engine import Engine
 from .errors import ContextError, EngineError, InputError, StoreError, TokenizerError
@@ -36,8 +36,8 @@ def load(path=None, *, threads: int | None = None, context: int | None = None, c
     Raises a NpmixError that says what is wrong with the folder or an option.
     """
     bundled = path is None or Path(path).resolve() == BUNDLED
-    if path is None and not BUNDLED.is_dir():
-        raise StoreError(f"this installation of npmix has no bundled model ({BUNDLED} is missing): install it again, or give a model's folder")
+    if path is None and not (BUNDLED / "npmix.json").exists():
+        raise StoreError(f"this installation of npmix lacks its bundled model in {BUNDLED}: install it again, or give a model's folder")
     engine = Engine.open(BUNDLED if path is None else path, threads=threads, context=context, chunk=chunk, kv=kv)
     try:
         file = engine.source.tokenizer_path
@@ -252,7 +252,7 @@ class Session:
         tokenizer = self.model.tokenizer
         if not ids:
             return tokenizer.encode("") + encode_user(tokenizer, text, self.system)
-        end = [] if ids[-1] == tokenizer.eos_id else [tokenizer.eos_id]  # an answer that was cut ends here
+        end = [] if ids[-1] in self.model.config.eos_ids else [end_id(tokenizer)]  # an answer that was cut ends here
         return ids + end + encode_user(tokenizer, text)
 
     def _append_text(self, ids: list[int], text: str) -> list[int]:

@@ -15,7 +15,13 @@ import numpy as np
 from .errors import InputError, NumericsError
 
 # name: (low, high), both allowed
-RANGES = {"temperature": (0.0, 100.0), "top_k": (0, 1 << 31), "top_p": (1e-6, 1.0), "min_p": (0.0, 1.0), "repetition_penalty": (0.01, 100.0)}
+RANGES = {
+    "temperature": (0.0, 100.0),
+    "top_k": (0, 1 << 31),
+    "top_p": (1e-6, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 100.0),
+}
 
 
 def check_number(name: str, value, low, high) -> None:

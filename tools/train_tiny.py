@@ -16,6 +16,7 @@ if __name__ == "__main__" and "THP_MEM_ALLOC_ENABLE" not in os.environ:
     os.environ.update(
         THP_MEM_ALLOC_ENABLE="1",
         GLIBC_TUNABLES="glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184",
+        GOMP_SPINCOUNT="0",  # a thread that waits for its partner gives its core away: the partner may be waiting for one
     )
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
@@ -82,8 +83,9 @@ def tokenizer(obj):
 @main.command()
 @click.option("--minutes", default=180.0, show_default=True, help="Active time; its last quarter is the decay unless a file DECAY comes first.")
 @click.option("--length", default=512, show_default=True, help="Sequence length before the decay.")
+@click.option("--nice", default=19, show_default=True, help="How far to stand back behind other processes.")
 @click.pass_obj
-def train(obj, minutes, length):
+def train(obj, minutes, length, nice):
     """Train, or go on from the last checkpoint in the work folder."""
     import torch
 
@@ -91,7 +93,7 @@ def train(obj, minutes, length):
     import tiny_validate
 
     stdlib, work = obj
-    os.nice(19)
+    os.nice(nice)
     pieces = load_tokenizer(work)
     texts = tiny_corpus.read_corpus(stdlib, "train")
 

@@ -145,11 +145,11 @@ def translate(raw: dict, generation: dict | None = None) -> Config:
     head_dim = _number(raw, "head_dim") if raw.get("head_dim") is not None else dim // heads
     kv_heads = _number(raw, "num_key_value_heads", 8) if raw.get("num_key_value_heads", 8) is not None else heads
     experts = raw.get("num_local_experts", raw.get("num_experts", 8))
-    if raw.get("num_experts", experts) != experts:
+    if "num_experts" in raw and raw["num_experts"] != experts:
         raise ConfigError(f"config.json: num_local_experts {str(experts)[:60]!r} and num_experts {str(raw['num_experts'])[:60]!r} differ")
     if not mixtral and (raw.get("num_local_experts") or raw.get("num_experts")):
         raise ConfigError("config.json: MistralForCausalLM is dense, but num_local_experts is given")
-    tied = raw.get("tie_word_embeddings", False)
+    tied = False if raw.get("tie_word_embeddings") is None else raw["tie_word_embeddings"]
     if type(tied) is not bool:
         raise ConfigError(f"config.json: tie_word_embeddings is {str(tied)[:60]!r}, expected true or false")
     vocab = _number(raw, "vocab_size")

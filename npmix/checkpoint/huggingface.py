@@ -99,10 +99,10 @@ class HuggingFaceCheckpoint:
                 raise CheckpointError(f"{self.path / file}: {place.name} is {entry.dtype}, npmix reads F32, F16 and BF16")
             if entry.shape != place.shape:
                 raise CheckpointError(
-                    f"{self.path / file}: {place.name} has shape {entry.shape}, config.json says {place.shape}: they are of different models"
+                    f"{self.path / file}: {place.name} has shape {entry.shape}, config.json says {place.shape}: of different models"
                 )
             return place
-        raise CheckpointError(f"{self.path} has no tensor {places[0].name} ({name}): the checkpoint is incomplete or of another architecture")
+        raise CheckpointError(f"{self.path} has no tensor {places[0].name} ({name}): incomplete or of another architecture")
 
     def names(self) -> list[str]:
         """Our names of all tensors, in the order of the forward pass."""

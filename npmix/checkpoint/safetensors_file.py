@@ -71,7 +71,7 @@ def read_header(path: Path, error: type[NpmixError] = CheckpointError) -> tuple[
         with open(path, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
             if size < 8 or length > min(size - 8, LARGEST_HEADER):
-                raise error(f"{path} has {size} bytes, too few for its header of {length}: truncated or no safetensors file, download it again")
+                raise error(f"{path} has {size} bytes, too few for its header of {length}: truncated, download it again")
             header = json.loads(f.read(length))
     except FileNotFoundError:
         raise error(f"{path} does not exist: download it") from None

@@ -29,7 +29,7 @@ def _lines(found: dict):
         start, memory = found["start"], found["memory"]
         yield f"start     cold {start['cold_s']:.2f} s, warm {start['warm_s']:.2f} s to the first token ({start['what']})"
         if memory["anonymous"] is not None:
-            yield f"memory    {size(memory['anonymous'])} anonymous, {size(memory['held']['kv'])} of it the KV cache"
+            yield f"memory    {size(memory['anonymous'])} anonymous, {size(memory['held']['kv_cache'])} of it the KV cache"
     yield f"ceilings  memory read {_span(ceilings['read_gbs'])} GB/s, int8 {_span(ceilings['int8_gops'], 0)} GOP/s"
     yield (
         f"prefill   {_span(prefill['tokens_per_s'])} tok/s, {prefill['operations_per_token'] / 1e9:.3f} GOP a token,"

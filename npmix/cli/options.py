@@ -37,7 +37,7 @@ def model_option(command):
 
 def threads_option(command):
     """--threads, the same everywhere."""
-    return click.option("--threads", metavar="N", type=click.IntRange(1, 1024), help="Threads to compute with.  [default: all cores]")(command)
+    return click.option("--threads", metavar="N", type=click.IntRange(1, 1024), help="Threads to compute with.  [default: physical cores]")(command)
 
 
 def engine_options(command):

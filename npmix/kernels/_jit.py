@@ -133,14 +133,17 @@ class _DiskCache(_Cache):
         pass
 
 
-def njit(function=None, *, entry=None):
+def njit(function=None, *, entry=None, inline=False):
     """Compile `function` at its first call.
 
     entry: a kernel that Python calls is kept on disk, with all that it calls inside; the text names what its
     closure cells hold, so that the cache can tell two kernels of one source apart.
+    inline: merge the body into its caller before types are inferred. Numba optimises and emits each function as a
+    library of its own, with all it calls, over and over along a chain of calls: a phase that is called from one
+    place compiles several times faster inside its caller.
     """
     if function is None:
-        return functools.partial(njit, entry=entry)
+        return functools.partial(njit, entry=entry, inline=inline)
     if DISABLED:
         return function
     dispatcher = numba.njit(
@@ -148,6 +151,7 @@ def njit(function=None, *, entry=None):
         boundscheck=False,  # addresses, not arrays; indices are checked before a kernel sees them
         error_model="numpy",  # no branch for division by zero
         fastmath=False,  # bits must not depend on the compiler's mood; fma is written where it is meant
+        inline="always" if inline else "never",
     )(function)
     if entry is not None:
         dispatcher._cache = _DiskCache(function, entry)

@@ -160,59 +160,49 @@ def attend(kv):
     position + (offset + r) // heads. keys, values: of this kv head, position s at s % capacity. scores: scratch,
     TALLEST x BLOCK. parts: per row 16 + width float32: max, sum, then the weighted values.
     """
-    s1, s2, s3, s4, s5, s6 = [score_tile(kv, r) for r in range(1, TALLEST + 1)]
-    v1, v2, v3, v4, v5, v6 = [value_tile(kv, r, 4) for r in range(1, TALLEST + 1)]
-    w1, w2, w3, w4, w5, w6 = [value_tile(kv, r, 1) for r in range(1, TALLEST + 1)]
+    s1, s2, s4, s6 = [score_tile(kv, r) for r in (1, 2, 4, 6)]
+    v1, v2, v4, v6 = [value_tile(kv, r, 4) for r in (1, 2, 4, 6)]
+    tail = value_tile(kv, 1, 1)
     size = _LOAD[kv][0]
 
     @njit
     def scores_of(rows, q, q_bytes, keys, dim, out):
-        if rows == 1:
-            s1(q, q_bytes, keys, dim, out, 4 * BLOCK)
-        elif rows == 2:
-            s2(q, q_bytes, keys, dim, out, 4 * BLOCK)
-        elif rows == 3:
-            s3(q, q_bytes, keys, dim, out, 4 * BLOCK)
-        elif rows == 4:
-            s4(q, q_bytes, keys, dim, out, 4 * BLOCK)
-        elif rows == 5:
-            s5(q, q_bytes, keys, dim, out, 4 * BLOCK)
-        else:
-            s6(q, q_bytes, keys, dim, out, 4 * BLOCK)
+        r = 0
+        while r < rows:
+            at, to = q + r * q_bytes, out + 4 * BLOCK * r
+            if rows - r >= 6:
+                s6(at, q_bytes, keys, dim, to, 4 * BLOCK)
+                r += 6
+            elif rows - r >= 4:
+                s4(at, q_bytes, keys, dim, to, 4 * BLOCK)
+                r += 4
+            elif rows - r >= 2:
+                s2(at, q_bytes, keys, dim, to, 4 * BLOCK)
+                r += 2
+            else:
+                s1(at, q_bytes, keys, dim, to, 4 * BLOCK)
+                r += 1
 
     @njit
-    def values_of(rows, p, values, width, begin, end, out, stride):
-        lane = 0
-        while lane + 64 <= width:
-            at, to = values + lane * size, out + 4 * lane
-            if rows == 1:
-                v1(p, 4 * BLOCK, at, width, begin, end, to, stride)
-            elif rows == 2:
-                v2(p, 4 * BLOCK, at, width, begin, end, to, stride)
-            elif rows == 3:
-                v3(p, 4 * BLOCK, at, width, begin, end, to, stride)
-            elif rows == 4:
-                v4(p, 4 * BLOCK, at, width, begin, end, to, stride)
-            elif rows == 5:
-                v5(p, 4 * BLOCK, at, width, begin, end, to, stride)
-            else:
-                v6(p, 4 * BLOCK, at, width, begin, end, to, stride)
-            lane += 64
-        while lane < width:
-            at, to = values + lane * size, out + 4 * lane
-            if rows == 1:
-                w1(p, 4 * BLOCK, at, width, begin, end, to, stride)
-            elif rows == 2:
-                w2(p, 4 * BLOCK, at, width, begin, end, to, stride)
-            elif rows == 3:
-                w3(p, 4 * BLOCK, at, width, begin, end, to, stride)
-            elif rows == 4:
-                w4(p, 4 * BLOCK, at, width, begin, end, to, stride)
-            elif rows == 5:
-                w5(p, 4 * BLOCK, at, width, begin, end, to, stride)
-            else:
-                w6(p, 4 * BLOCK, at, width, begin, end, to, stride)
-            lane += 16
+    def values_of(rows, p, values, width, begin, end, out, out_bytes):
+        r = 0
+        while r < rows:
+            n = 6 if rows - r >= 6 else 4 if rows - r >= 4 else 2 if rows - r >= 2 else 1
+            at, to = p + 4 * BLOCK * r, out + r * out_bytes
+            for lane in range(0, width - 63, 64):
+                v = values + lane * size
+                if n == 6:
+                    v6(at, 4 * BLOCK, v, width, begin, end, to + 4 * lane, out_bytes)
+                elif n == 4:
+                    v4(at, 4 * BLOCK, v, width, begin, end, to + 4 * lane, out_bytes)
+                elif n == 2:
+                    v2(at, 4 * BLOCK, v, width, begin, end, to + 4 * lane, out_bytes)
+                else:
+                    v1(at, 4 * BLOCK, v, width, begin, end, to + 4 * lane, out_bytes)
+            for lane in range(width // 64 * 64, width, 16):  # head_dim is a multiple of 64 in all published models
+                for i in range(n):
+                    tail(at + 4 * BLOCK * i, 4 * BLOCK, values + lane * size, width, begin, end, to + i * out_bytes + 4 * lane, out_bytes)
+            r += n
 
     @njit
     def attend_block(q, q_bytes, rows, offset, position, heads, window, start, capacity, keys, values, dim, width, scores, parts):

@@ -5,45 +5,33 @@ row blocks (one stream of memory a member), and what is cheap (norms, router, qu
 input) every member does for itself rather than wait for another.
 """
 
-import functools
-
 from numpy import float32 as F
 
 from ..formats import EXPERT_UNIT
 from ._jit import njit
-from .attention import BLOCK, TALLEST, attend, clear, finish, merge
+from .attention import BLOCK, TALLEST, clear, finish, merge
 from .matmul import act_bytes
 from .ops import add, fma, get_f32, get_i32, load_f32, splat_f32, store_f32
-from .phases import add_rows, blocks_of, expert_unit, head_row, matmul_by_slot, norm_and_check, norm_and_quantise, qkv_blocks, route, scratch, source_of, unit_to_acts
-from .rows import cache_write, embed, quantise_row
+from .phases import NONE, ONE, add_rows, blocks_of, expert_unit, head_row, norm_and_check, norm_and_quantise, qkv_blocks, route, scratch, source_of, unit_to_acts
+from .rows import embed, quantise_row
 from .tables import *  # noqa: F403  (the columns)
 from .team import barrier
 
 
-@functools.lru_cache(maxsize=None)
-def decode_kernel(slots, kv):
-    """An entry (m, layers, token, position, first, last, logits, index, members): layers first..last of one token.
-
-    The token is embedded when first is 0; logits, float32 (VOCAB padded to 16), are written when `logits` is not 0.
-    """
-    mm, attend_block, write = matmul_by_slot(slots), attend(kv), cache_write(kv)
-    kv_size = 2 if kv == "f16" else 4
-
-    @njit(entry=f"{slots} {kv}")
-    def decode(m, layers, token, position, first, last, logits, index, members):
-        if first == 0 and index == 0:
-            embed(m[EMBEDDINGS], m[EMBEDDINGS_FORMAT], m[EMBEDDINGS_GROUP], token, m[DIM], m[X])
-        barrier(m[BARRIER], members)
-        for layer in range(first, last):
-            attention(mm, attend_block, write, kv_size, m, layers, layer, position, index, members)
-            feed_forward(mm, m, layers, layer, index, members)
-        if logits:
-            head(mm, m, logits, index, members)
-
-    return decode
+@njit(inline=True)
+def decode(mm, attend_block, write, kv_size, m, layers, token, position, first, last, logits, index, members):
+    """Layers first..last of one token; it is embedded when first is 0; `logits`: where to write them, or 0."""
+    if first == 0 and index == 0:
+        embed(m[EMBEDDINGS], m[EMBEDDINGS_FORMAT], m[EMBEDDINGS_GROUP], token, m[DIM], m[X])
+    barrier(m[BARRIER], members)
+    for layer in range(first, last):
+        attention(mm, attend_block, write, kv_size, m, layers, layer, position, index, members)
+        feed_forward(mm, m, layers, layer, index, members)
+    if logits:
+        head(mm, m, logits, index, members)
 
 
-@njit
+@njit(inline=True)
 def attention(mm, attend_block, write, kv_size, m, layers, layer, position, index, members):
     row, act = scratch(m, S_ROW, index), scratch(m, S_ACT, index)
     norm_and_quantise(m, m[X], layers[layer, ATTENTION_NORM], source_of(layer), m[GROUP_0 + layers[layer, WQ_SLOT]], row, act)
@@ -53,10 +41,10 @@ def attention(mm, attend_block, write, kv_size, m, layers, layer, position, inde
         base = 0 if which == 0 else q + (which - 1) * kv
         low, high = max(begin - base, 0), min(end - base, q if which == 0 else kv)
         if low < high:
-            qkv_blocks(mm, m, layers, layer, which, low, high, act, 1, m[QKV], 0)
+            qkv_blocks(mm, m, layers, layer, which, low, high, act, ONE, m[QKV], NONE)
     barrier(m[BARRIER], members)
     for item in range(index, m[N_HEADS] + 2 * m[N_KV_HEADS], members):
-        head_row(m, kv_size, write, layer, item, m[QKV], 0, position, scratch(m, S_SCORES, index))
+        head_row(m, kv_size, write, layer, item, m[QKV], NONE, position, scratch(m, S_SCORES, index))
     barrier(m[BARRIER], members)
     blocks(attend_block, kv_size, m, layer, position, index, members)
     barrier(m[BARRIER], members)
@@ -71,12 +59,12 @@ def attention(mm, attend_block, write, kv_size, m, layers, layer, position, inde
     width, slot = m[N_HEADS] * m[HEAD_DIM], layers[layer, WO_SLOT]
     quantise_row(m[ATT], width, m[GROUP_0 + slot], act)
     begin, end = blocks_of(m[DIM]) * index // members, blocks_of(m[DIM]) * (index + 1) // members
-    mm(slot, layers[layer, WO], m[DIM], width, begin, end, act, 1, m[Y], 0)
+    mm(slot, layers[layer, WO], m[DIM], width, begin, end, act, ONE, m[Y], NONE)
     add_rows(m[X], m[Y], begin, end)
     barrier(m[BARRIER], members)
 
 
-@njit
+@njit(inline=True)
 def blocks(attend_block, kv_size, m, layer, position, index, members):
     """Attention's blocks of positions by kv head, each result in its own place of PARTS."""
     dim, width, capacity = m[HEAD_DIM], m[V_WIDTH], m[CAPACITY]
@@ -98,7 +86,7 @@ def blocks(attend_block, kv_size, m, layer, position, index, members):
             attend_block(at, 4 * dim, rows, r, position, shared, m[WINDOW], start, capacity, keys, values, dim, width, scores, parts)
 
 
-@njit
+@njit(inline=True)
 def feed_forward(mm, m, layers, layer, index, members):
     """Router, then the chosen experts: gate and up with SwiGLU in units, down in row blocks, summed in expert order."""
     row, act = scratch(m, S_ROW, index), scratch(m, S_ACT, index)
@@ -114,14 +102,14 @@ def feed_forward(mm, m, layers, layer, index, members):
     gate, up = scratch(m, S_GATE, index), scratch(m, S_UP, index)
     for item in range(active * units * index // members, active * units * (index + 1) // members):
         a, unit = item // units, item % units
-        expert_unit(mm, m, layers, layer, get_i32(experts + 4 * a), unit, act, 1, gate, up)
-        unit_to_acts(gate, unit, hidden, group, m[H_ACTS] + a * h_bytes, 1, 0)
+        expert_unit(mm, m, layers, layer, get_i32(experts + 4 * a), unit, act, ONE, gate, up)
+        unit_to_acts(gate, unit, hidden, group, m[H_ACTS] + a * h_bytes, ONE, NONE)
     barrier(m[BARRIER], members)
     begin, end = blocks_of(m[DIM]) * index // members, blocks_of(m[DIM]) * (index + 1) // members
     y_bytes = 4 * m[X_WIDTH]
     for a in range(active):
         w = layers[layer, EXPERTS + 3 * get_i32(experts + 4 * a) + 2]
-        mm(down, w, m[DIM], hidden, begin, end, m[H_ACTS] + a * h_bytes, 1, m[Y] + a * y_bytes, 0)
+        mm(down, w, m[DIM], hidden, begin, end, m[H_ACTS] + a * h_bytes, ONE, m[Y] + a * y_bytes, NONE)
     for k in range(64 * begin, 64 * end, 64):
         total = splat_f32(F(0.0))
         for a in range(active):
@@ -130,11 +118,11 @@ def feed_forward(mm, m, layers, layer, index, members):
     barrier(m[BARRIER], members)
 
 
-@njit
+@njit(inline=True)
 def head(mm, m, logits, index, members):
     """The final norm and the output matrix."""
     row, act, slot = scratch(m, S_ROW, index), scratch(m, S_ACT, index), m[OUTPUT_SLOT]
     norm_and_quantise(m, m[X], m[NORM], m[N_LAYERS], m[GROUP_0 + slot], row, act)
     count = blocks_of(m[VOCAB])
-    mm(slot, m[OUTPUT], m[VOCAB], m[DIM], count * index // members, count * (index + 1) // members, act, 1, logits, 0)
+    mm(slot, m[OUTPUT], m[VOCAB], m[DIM], count * index // members, count * (index + 1) // members, act, ONE, logits, NONE)
     barrier(m[BARRIER], members)

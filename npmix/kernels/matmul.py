@@ -6,7 +6,7 @@ in the cache while every token tile passes over it, and memory is read once.
 
 import functools
 
-from ..formats import span_bytes
+from ..formats import DENSE, span_bytes
 from ._jit import njit
 from .tile import HEIGHT, dense_tile, packed_tile
 
@@ -32,112 +32,85 @@ def matmul(name, group):
     return _packed(name, group) if group else _dense(name)
 
 
-@njit
+@njit(inline=True)
 def n_tiles(tokens):
     """Tiles of at most HEIGHT tokens, as even as can be: 7 tokens are 4 + 3, not 6 + 1."""
     return (tokens + HEIGHT - 1) // HEIGHT
 
 
 def _packed(name, group):
-    one = [packed_tile(name, group, 1, h) for h in range(1, HEIGHT + 1)]
-    two = [packed_tile(name, group, 2, h) for h in range(1, HEIGHT + 1)]
-    a1, a2, a3, a4, a5, a6 = one
-    b1, b2, b3, b4, b5, b6 = two
+    one = packed_tile(name, group, 1, 1)  # decode: one stream of memory
+    t1, t2, t3, t4, t5, t6 = [packed_tile(name, group, 2, h) for h in range(1, HEIGHT + 1)]
     whole = span_bytes(name, group)
 
     @njit
-    def low(pair, h, w, block_bytes, n_groups, acts, out, out_bytes):
-        if pair == 1:
-            if h == 1:
-                a1(w, block_bytes, n_groups, acts, out, out_bytes)
-            elif h == 2:
-                a2(w, block_bytes, n_groups, acts, out, out_bytes)
-            elif h == 3:
-                a3(w, block_bytes, n_groups, acts, out, out_bytes)
-            elif h == 4:
-                a4(w, block_bytes, n_groups, acts, out, out_bytes)
-            elif h == 5:
-                a5(w, block_bytes, n_groups, acts, out, out_bytes)
-            else:
-                a6(w, block_bytes, n_groups, acts, out, out_bytes)
-        elif h == 1:
-            b1(w, block_bytes, n_groups, acts, out, out_bytes)
+    def pair(h, w, block_bytes, n_groups, acts, out, out_bytes, next_block):
+        if h == 1:
+            t1(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
         elif h == 2:
-            b2(w, block_bytes, n_groups, acts, out, out_bytes)
+            t2(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
         elif h == 3:
-            b3(w, block_bytes, n_groups, acts, out, out_bytes)
+            t3(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
         elif h == 4:
-            b4(w, block_bytes, n_groups, acts, out, out_bytes)
+            t4(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
         elif h == 5:
-            b5(w, block_bytes, n_groups, acts, out, out_bytes)
+            t5(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
         else:
-            b6(w, block_bytes, n_groups, acts, out, out_bytes)
+            t6(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
 
     @njit
     def packed_matmul(w, rows, cols, first, last, acts, tokens, out, out_bytes):
         n_groups = (cols + 2 * group - 1) // (2 * group) * 2
         block_bytes = n_groups // 2 * whole
+        if tokens == 1:
+            for block in range(first, last):
+                one(w + block * block_bytes, block_bytes, n_groups, acts, out + 64 * block, out_bytes, 64)
+            return
         token_bytes = n_groups * (group + 8)
         tiles = n_tiles(tokens)
-        block = first
-        while block < last:
-            pair = 2 if tokens > 1 and block + 1 < last else 1
+        for block in range(first, last, 2):
+            both = block + 1 < last  # an odd last block is paired with itself
             for i in range(tiles):
                 start = i * tokens // tiles
                 height = (i + 1) * tokens // tiles - start
-                at = out + start * out_bytes + 64 * block
-                low(pair, height, w + block * block_bytes, block_bytes, n_groups, acts + start * token_bytes, at, out_bytes)
-            block += pair
+                x, y = acts + start * token_bytes, out + start * out_bytes + 64 * block
+                pair(height, w + block * block_bytes, block_bytes if both else 0, n_groups, x, y, out_bytes, 64 if both else 0)
 
     return packed_matmul
 
 
 def _dense(name):
-    a1, a2, a3, a4, a5, a6 = [dense_tile(name, 1, h) for h in range(1, HEIGHT + 1)]
-    b1, b2, b3, b4, b5, b6 = [dense_tile(name, 4, h) for h in range(1, HEIGHT + 1)]
-    size = 4 if name == "f32" else 2
+    t1, t2, t3, t4, t5, t6 = [dense_tile(name, 4, h) for h in range(1, HEIGHT + 1)]
+    size = DENSE[name]
 
     @njit
-    def low(four, h, w, cols, acts, token_bytes, out, out_bytes):
-        if four:
-            if h == 1:
-                b1(w, cols, acts, token_bytes, out, out_bytes)
-            elif h == 2:
-                b2(w, cols, acts, token_bytes, out, out_bytes)
-            elif h == 3:
-                b3(w, cols, acts, token_bytes, out, out_bytes)
-            elif h == 4:
-                b4(w, cols, acts, token_bytes, out, out_bytes)
-            elif h == 5:
-                b5(w, cols, acts, token_bytes, out, out_bytes)
-            else:
-                b6(w, cols, acts, token_bytes, out, out_bytes)
-        elif h == 1:
-            a1(w, cols, acts, token_bytes, out, out_bytes)
+    def four(h, w, row_bytes, cols, acts, token_bytes, out, out_bytes, next_row):
+        if h == 1:
+            t1(w, row_bytes, cols, acts, token_bytes, out, out_bytes, next_row)
         elif h == 2:
-            a2(w, cols, acts, token_bytes, out, out_bytes)
+            t2(w, row_bytes, cols, acts, token_bytes, out, out_bytes, next_row)
         elif h == 3:
-            a3(w, cols, acts, token_bytes, out, out_bytes)
+            t3(w, row_bytes, cols, acts, token_bytes, out, out_bytes, next_row)
         elif h == 4:
-            a4(w, cols, acts, token_bytes, out, out_bytes)
+            t4(w, row_bytes, cols, acts, token_bytes, out, out_bytes, next_row)
         elif h == 5:
-            a5(w, cols, acts, token_bytes, out, out_bytes)
+            t5(w, row_bytes, cols, acts, token_bytes, out, out_bytes, next_row)
         else:
-            a6(w, cols, acts, token_bytes, out, out_bytes)
+            t6(w, row_bytes, cols, acts, token_bytes, out, out_bytes, next_row)
 
     @njit
     def dense_matmul(w, rows, cols, first, last, acts, tokens, out, out_bytes):
-        token_bytes = (cols + 15) // 16 * 64
+        token_bytes, row_bytes = (cols + 15) // 16 * 64, cols * size
         tiles = n_tiles(tokens)
         row, end = first * 16, min(last * 16, rows)
         while row < end:
-            four = row + 4 <= end
+            whole = row + 4 <= end  # each of the last rows % 4 is done four times over
             for i in range(tiles):
                 start = i * tokens // tiles
                 height = (i + 1) * tokens // tiles - start
-                at = out + start * out_bytes + 4 * row
-                low(four, height, w + row * cols * size, cols, acts + start * token_bytes, token_bytes, at, out_bytes)
-            row += 4 if four else 1
+                x, y = acts + start * token_bytes, out + start * out_bytes + 4 * row
+                four(height, w + row * row_bytes, row_bytes if whole else 0, cols, x, token_bytes, y, out_bytes, 4 if whole else 0)
+            row += 4 if whole else 1
 
     return dense_matmul
 

@@ -19,6 +19,10 @@ from .rows import quantise_group, quantise_row, rms_norm, rope, swiglu
 from .tables import *  # noqa: F403  (the columns)
 
 
+# Numba compiles a callee anew for each literal argument, so the common ones are typed
+NONE, ONE = np.int64(0), np.int64(1)
+
+
 @functools.lru_cache(maxsize=None)
 def matmul_by_slot(slots):
     """A kernel mm(slot, w, rows, cols, first, last, acts, tokens, out, out_bytes) over a model's (format, group) pairs."""
@@ -38,12 +42,12 @@ def matmul_by_slot(slots):
     return mm
 
 
-@njit
+@njit(inline=True)
 def blocks_of(rows):
     return (rows + 15) // 16
 
 
-@njit
+@njit(inline=True)
 def scratch(m, column, index):
     """A member's own buffer."""
     return m[SCRATCH] + index * m[SCRATCH_BYTES] + m[column]
@@ -57,7 +61,7 @@ def norm_and_check(m, x, weight, source, out):
         put_i64(m[STATUS] + BAD_LAYER, source)
 
 
-@njit
+@njit(inline=True)
 def norm_and_quantise(m, x, weight, source, group, row, out):
     norm_and_check(m, x, weight, source, row)
     quantise_row(row, m[DIM], group, out)
@@ -107,7 +111,7 @@ def head_row(m, kv_size, write, layer, item, qkv, t, position, temp):
         put_i64(m[STATUS] + SATURATED, 1)
 
 
-@njit
+@njit(inline=True)
 def source_of(layer):
     """Who made the input of a layer's first norm, as `norm_and_check` notes it."""
     return layer if layer else -1
@@ -117,7 +121,7 @@ def source_of(layer):
 def route(mm, m, layers, layer, row, logits, experts, weights):
     """Router logits of one row and the choice; without a router the one expert has weight 1."""
     if layers[layer, ROUTER]:
-        mm(layers[layer, ROUTER_SLOT], layers[layer, ROUTER], m[N_EXPERTS], m[DIM], 0, blocks_of(m[N_EXPERTS]), row, 1, logits, 0)
+        mm(layers[layer, ROUTER_SLOT], layers[layer, ROUTER], m[N_EXPERTS], m[DIM], NONE, blocks_of(m[N_EXPERTS]), row, ONE, logits, NONE)
     choose(logits, m[N_EXPERTS], m[N_ACTIVE], experts, weights)
 
 

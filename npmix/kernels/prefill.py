@@ -8,17 +8,15 @@ once per input. The order of additions is decode's, so the bits are too.
 position's logits are wanted, everything after the keys and values is computed for that position alone.
 """
 
-import functools
-
 from numpy import float32 as F
 
 from ..formats import EXPERT_UNIT
 from ._jit import njit
-from .attention import BLOCK, TALLEST, attend, clear, finish, merge
+from .attention import BLOCK, TALLEST, clear, finish, merge
 from .matmul import act_bytes, n_tiles
 from .ops import add, atomic_add, fma, get_f32, get_i32, load_f32, put_i32, splat_f32, store_f32
-from .phases import add_rows, blocks_of, expert_unit, head_row, matmul_by_slot, norm_and_check, norm_and_quantise, qkv_blocks, route, scratch, source_of, unit_to_acts
-from .rows import cache_write, embed, put_in_tile, quantise_row
+from .phases import NONE, add_rows, blocks_of, expert_unit, head_row, norm_and_check, norm_and_quantise, qkv_blocks, route, scratch, source_of, unit_to_acts
+from .rows import embed, put_in_tile, quantise_row
 from .tables import *  # noqa: F403  (the columns)
 from .team import barrier
 
@@ -26,51 +24,34 @@ UNIT = 4  # row blocks a member takes at a time
 QUERY_ROWS = 64  # query rows (tokens x heads of one kv head) a member takes at a time
 
 
-@functools.lru_cache(maxsize=None)
-def prefill_kernel(slots, kv):
-    """An entry (m, layers, tokens, position, layer, skip, index, members): one layer of the chunk in TOKENS.
-
-    The chunk's first token stands at `position`. Layer 0 embeds. The counters must be 0.
-    """
-    mm, attend_block, write = matmul_by_slot(slots), attend(kv), cache_write(kv)
-    kv_size = 2 if kv == "f16" else 4
-
-    @njit(entry=f"{slots} {kv}")
-    def prefill(m, layers, tokens, position, layer, skip, index, members):
-        if layer == 0:
-            for t in range(index, tokens, members):
-                token, at = get_i32(m[TOKENS] + 4 * t), m[X] + 4 * m[X_WIDTH] * t
-                embed(m[EMBEDDINGS], m[EMBEDDINGS_FORMAT], m[EMBEDDINGS_GROUP], token, m[DIM], at)
-            barrier(m[BARRIER], members)
-        project(mm, write, kv_size, m, layers, layer, tokens, position, skip, index, members)
-        attention(attend_block, kv_size, m, layer, tokens, position, skip, index, members)
-        attention_output(mm, m, layers, layer, tokens, skip, index, members)
-        choose_experts(mm, m, layers, layer, tokens, skip, index, members)
-        experts(mm, m, layers, layer, tokens - skip, skip, index, members)
-
-    return prefill
-
-
-@functools.lru_cache(maxsize=None)
-def logits_kernel(slots):
-    """An entry (m, first, tokens, logits, logits_bytes, index, members): logits of the chunk's tokens first..first + tokens."""
-    mm = matmul_by_slot(slots)
-
-    @njit(entry=f"{slots}")
-    def logits(m, first, tokens, out, out_bytes, index, members):
-        slot = m[OUTPUT_SLOT]
-        norm_tiles(m, m[NORM], m[N_LAYERS], m[GROUP_0 + slot], first, tokens, m[ACTS], index, members)
+@njit(inline=True)
+def prefill(mm, attend_block, write, kv_size, m, layers, tokens, position, layer, skip, index, members):
+    """One layer of the chunk in TOKENS, whose first token stands at `position`. Layer 0 embeds. Counters must be 0."""
+    if layer == 0:
+        for t in range(index, tokens, members):
+            token, at = get_i32(m[TOKENS] + 4 * t), m[X] + 4 * m[X_WIDTH] * t
+            embed(m[EMBEDDINGS], m[EMBEDDINGS_FORMAT], m[EMBEDDINGS_GROUP], token, m[DIM], at)
         barrier(m[BARRIER], members)
-        count = blocks_of(m[VOCAB])
-        units = (count + UNIT - 1) // UNIT
+    project(mm, write, kv_size, m, layers, layer, tokens, position, skip, index, members)
+    attention(attend_block, kv_size, m, layer, tokens, position, skip, index, members)
+    attention_output(mm, m, layers, layer, tokens, skip, index, members)
+    choose_experts(mm, m, layers, layer, tokens, skip, index, members)
+    experts(mm, m, layers, layer, tokens - skip, skip, index, members)
+
+
+@njit(inline=True)
+def head(mm, m, first, tokens, logits, logits_bytes, index, members):
+    """Final norm and output matrix for the chunk's tokens first..first + tokens."""
+    slot = m[OUTPUT_SLOT]
+    norm_tiles(m, m[NORM], m[N_LAYERS], m[GROUP_0 + slot], first, tokens, m[ACTS], index, members)
+    barrier(m[BARRIER], members)
+    count = blocks_of(m[VOCAB])
+    unit = atomic_add(m[COUNTERS] + COUNT_LOGITS, 1)
+    while unit * UNIT < count:
+        begin, end = unit * UNIT, min(unit * UNIT + UNIT, count)
+        mm(slot, m[OUTPUT], m[VOCAB], m[DIM], begin, end, m[ACTS], tokens, logits, logits_bytes)
         unit = atomic_add(m[COUNTERS] + COUNT_LOGITS, 1)
-        while unit < units:
-            begin = unit * UNIT
-            mm(slot, m[OUTPUT], m[VOCAB], m[DIM], begin, min(begin + UNIT, count), m[ACTS], tokens, out, out_bytes)
-            unit = atomic_add(m[COUNTERS] + COUNT_LOGITS, 1)
-        barrier(m[BARRIER], members)
-
-    return logits
+    barrier(m[BARRIER], members)
 
 
 @njit
@@ -85,12 +66,12 @@ def norm_tiles(m, weight, source, group, first, tokens, acts, index, members):
             put_in_tile(act, m[DIM], group, acts + start * token_bytes, end - start, t - start)
 
 
-@njit
+@njit(inline=True)
 def project(mm, write, kv_size, m, layers, layer, tokens, position, skip, index, members):
     """q, k, v of the chunk, RoPE, cache."""
     group = m[GROUP_0 + layers[layer, WQ_SLOT]]
     weight, source, few = layers[layer, ATTENTION_NORM], source_of(layer), m[ACTS] + tokens * act_bytes(m[DIM], group)
-    norm_tiles(m, weight, source, group, 0, tokens, m[ACTS], index, members)
+    norm_tiles(m, weight, source, group, NONE, tokens, m[ACTS], index, members)
     if skip:
         norm_tiles(m, weight, source, group, skip, tokens - skip, few, index, members)
     barrier(m[BARRIER], members)
@@ -102,7 +83,7 @@ def project(mm, write, kv_size, m, layers, layer, tokens, position, skip, index,
         if unit < q_units:
             begin, end = unit * UNIT, min(unit * UNIT + UNIT, q_blocks)
             acts = few if skip else m[ACTS]
-            qkv_blocks(mm, m, layers, layer, 0, begin, end, acts, tokens - skip, m[QKV] + skip * qkv_bytes, qkv_bytes)
+            qkv_blocks(mm, m, layers, layer, NONE, begin, end, acts, tokens - skip, m[QKV] + skip * qkv_bytes, qkv_bytes)
         else:
             begin = (unit - q_units) % kv_units * UNIT
             end = min(begin + UNIT, kv_blocks)
@@ -116,7 +97,7 @@ def project(mm, write, kv_size, m, layers, layer, tokens, position, skip, index,
     barrier(m[BARRIER], members)
 
 
-@njit
+@njit(inline=True)
 def attention(attend_block, kv_size, m, layer, tokens, position, skip, index, members):
     """Units of (kv head, run of tokens), the longest first; each walks its blocks with a running result per row."""
     dim, width, capacity = m[HEAD_DIM], m[V_WIDTH], m[CAPACITY]
@@ -151,7 +132,7 @@ def attention(attend_block, kv_size, m, layer, tokens, position, skip, index, me
     barrier(m[BARRIER], members)
 
 
-@njit
+@njit(inline=True)
 def attention_output(mm, m, layers, layer, tokens, skip, index, members):
     """x += wo @ heads."""
     slot, width, count = layers[layer, WO_SLOT], m[N_HEADS] * m[HEAD_DIM], tokens - skip
@@ -174,7 +155,7 @@ def attention_output(mm, m, layers, layer, tokens, skip, index, members):
     barrier(m[BARRIER], members)
 
 
-@njit
+@njit(inline=True)
 def choose_experts(mm, m, layers, layer, tokens, skip, index, members):
     """Norm, router, quantised rows; then a counting sort of the (token, choice) pairs by expert, and tiles by expert.
 
@@ -207,14 +188,14 @@ def choose_experts(mm, m, layers, layer, tokens, skip, index, members):
     barrier(m[BARRIER], members)
 
 
-@njit
+@njit(inline=True)
 def expert_places(m, expert):
     """An expert's first place and its number of places."""
     begin = get_i32(m[STARTS] + 4 * expert)
     return begin, get_i32(m[STARTS] + 4 * (expert + 1)) - begin
 
 
-@njit
+@njit(inline=True)
 def sort_by_expert(m, pairs):
     """Counting sort of CHOICE; stable, so an expert's places are in token order."""
     for e in range(m[N_EXPERTS] + 1):
@@ -236,7 +217,7 @@ def sort_by_expert(m, pairs):
     put_i32(m[STARTS], 0)
 
 
-@njit
+@njit(inline=True)
 def experts(mm, m, layers, layer, tokens, skip, index, members):
     """Every expert on its tokens: gate and up with SwiGLU, down, then each token's weighted sum in expert order."""
     hidden, gate_slot, down = m[HIDDEN_DIM], layers[layer, GATE_SLOT], layers[layer, DOWN_SLOT]

@@ -25,6 +25,7 @@ _D0, _D1, _D2, _D3, _D4, _D5 = (np.float32(d) for d in (-8.0, -7.5, -8.5, -9.0, 
 
 @op(F32, (F32, F32), np.copysign)
 def copysign(b, size, sign):
+    """`size` with the sign of `sign`."""
     return call(b, "llvm.copysign.v16f32", size.type, size, sign)
 
 
@@ -50,11 +51,13 @@ def join_bytes(b, w, x, y, z):
 
 @op(I32, (I32, I32), lambda low, high: low | high << 4)
 def join_nibbles(b, low, high):
+    """Two numbers below 16 in one byte."""
     return b.or_(low, b.shl(high, const_vector("i32", 16, 4)))
 
 
 @op(void, (i64, I32), lambda p, v: poke(p, v.astype(np.int32)))
 def store_i32(b, p, v):
+    """64 bytes, 4 for each row."""
     store(b, v, p)
 
 

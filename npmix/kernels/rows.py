@@ -8,6 +8,7 @@ import functools
 
 from numpy import float32 as F
 from numpy import int32 as I32
+from numpy import int64 as I64
 
 from ..formats import FORMAT_IDS, PACKED
 from ._jit import njit
@@ -143,7 +144,7 @@ def quantise_row(x, cols, group, out):
     n_groups = (cols + 2 * group - 1) // (2 * group) * 2
     scales = out + n_groups * group
     for g in range(n_groups):
-        quantise_group(x + 4 * g * group, group, out + g * group, 4, scales + 4 * g, scales + 4 * (n_groups + g))
+        quantise_group(x + 4 * g * group, group, out + g * group, I64(4), scales + 4 * g, scales + 4 * (n_groups + g))
 
 
 @njit

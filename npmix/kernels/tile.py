@@ -63,16 +63,17 @@ def _unpack_line(builder, name, line):
 
 @functools.lru_cache(maxsize=None)
 def packed_tile(name, group, blocks, height):
-    """op(w, block_bytes, n_groups, acts, out, out_bytes): `blocks` row blocks by `height` tokens of a packed matrix.
+    """op(w, block_bytes, n_groups, acts, out, out_bytes, next_block): `blocks` row blocks by `height` tokens of a packed matrix.
 
-    w: address of the first row block, block_bytes apart; out: float32, token t's 16 * blocks rows at out + t * out_bytes.
+    w: address of the first row block, block_bytes apart. out: float32, token t's 16 rows of block r at
+    out + t * out_bytes + r * next_block (bytes). With block_bytes and next_block 0 one block is done twice.
     """
     zero, step = PACKED[name].zero, PACKED[name].step
     whole, lines = span_bytes(name, group), group // PACKED[name].step
     cells = [(r, t) for r in range(blocks) for t in range(height)]
     chains = max(1, min(4, 8 // len(cells)))  # few cells: split each sum, or the dot's latency shows
 
-    def emit(builder, w, block_bytes, n_groups, acts, out, out_bytes):
+    def emit(builder, w, block_bytes, n_groups, acts, out, out_bytes, next_block):
         f32x16, i32x16 = vector("f32", 16), vector("i32", 16)
         count = builder.mul(n_groups, const_i64(group * height))
         scales = builder.add(acts, count)
@@ -123,10 +124,10 @@ def packed_tile(name, group, blocks, height):
                     scale = builder.fmul(w_scale[r], x_scale)
                     builder.store(emit_fma(builder, builder.sitofp(exact, f32x16), scale, builder.load(cell)), cell)
         for r, t in cells:
-            at = builder.add(out, builder.add(builder.mul(out_bytes, const_i64(t)), const_i64(64 * r)))
-            store(builder, builder.load(total[r, t]), at)
+            at = builder.add(builder.mul(out_bytes, const_i64(t)), builder.mul(next_block, const_i64(r)))
+            store(builder, builder.load(total[r, t]), builder.add(out, at))
 
-    def twin(w, block_bytes, n_groups, acts, out, out_bytes):
+    def twin(w, block_bytes, n_groups, acts, out, out_bytes, next_block):
         codes, w_scale = zip(*(twin_row_block(name, group, w + r * block_bytes, n_groups) for r in range(blocks)))
         codes, w_scale = np.concatenate(codes), np.concatenate(w_scale)
         cols = n_groups * group
@@ -137,9 +138,10 @@ def packed_tile(name, group, blocks, height):
             exact = x[:, g].astype(np.int32) @ codes[:, g].T
             y = twin_fma(exact.astype(np.float32), w_scale[None, :, g] * x_scale[g][:, None], y)
         for t in range(height):
-            poke(out + t * out_bytes, y[t])
+            for r in range(blocks):
+                poke(out + t * out_bytes + r * next_block, y[t, 16 * r : 16 * r + 16])
 
-    return op(void, (i64,) * 6, twin)(emit)
+    return op(void, (i64,) * 7, twin)(emit)
 
 
 def twin_row_block(name, group, address, n_groups):
@@ -165,13 +167,15 @@ _DENSE_LOAD = {
 
 @functools.lru_cache(maxsize=None)
 def dense_tile(name, rows, height):
-    """op(w, cols, acts, act_bytes, out, out_bytes): `rows` rows by `height` tokens of a row-major matrix, cols >= 16."""
+    """op(w, row_bytes, cols, acts, act_bytes, out, out_bytes, next_row): `rows` rows by `height` tokens, cols >= 16.
+
+    Row r lies at w + r * row_bytes; its result goes to out + t * out_bytes + r * next_row. Both 0: one row, done over.
+    """
     size, emit_load, twin_load = _DENSE_LOAD[name]
     cells = [(r, t) for r in range(rows) for t in range(height)]
 
-    def emit(builder, w, cols, acts, act_bytes, out, out_bytes):
+    def emit(builder, w, row_bytes, cols, acts, act_bytes, out, out_bytes, next_row):
         total = {c: cgutils.alloca_once_value(builder, const_vector("f32", 16, 0.0)) for c in cells}
-        row_bytes = builder.mul(cols, const_i64(size))
         w_rows = [builder.add(w, builder.mul(row_bytes, const_i64(r))) for r in range(rows)]
         x_rows = [builder.add(acts, builder.mul(act_bytes, const_i64(t))) for t in range(height)]
 
@@ -194,11 +198,11 @@ def dense_tile(name, rows, height):
             zero = const_vector("f32", 16, 0.0)
             accumulate(builder.sub(cols, const_i64(16)), lambda v: builder.select(new, v, zero))
         for r, t in cells:
-            at = builder.add(out, builder.add(builder.mul(out_bytes, const_i64(t)), const_i64(4 * r)))
-            store(builder, emit_reduce_add(builder, builder.load(total[r, t])), at)
+            at = builder.add(builder.mul(out_bytes, const_i64(t)), builder.mul(next_row, const_i64(r)))
+            store(builder, emit_reduce_add(builder, builder.load(total[r, t])), builder.add(out, at))
 
-    def twin(w, cols, acts, act_bytes, out, out_bytes):
-        m = twin_load(w, rows * cols).reshape(rows, cols)
+    def twin(w, row_bytes, cols, acts, act_bytes, out, out_bytes, next_row):
+        m = np.stack([twin_load(w + r * row_bytes, cols) for r in range(rows)])
         x = np.stack([peek(acts + t * act_bytes, np.float32, cols) for t in range(height)])
         y = np.zeros((height, rows, 16), np.float32)
         for k in range(0, cols - 15, 16):
@@ -208,6 +212,7 @@ def dense_tile(name, rows, height):
             y = twin_fma(np.where(new, x[:, None, -16:], 0), np.where(new, m[None, :, -16:], 0), y)
         y = twin_reduce_add(y)
         for t in range(height):
-            poke(out + t * out_bytes, np.ascontiguousarray(y[t]))
+            for r in range(rows):
+                poke(out + t * out_bytes + r * next_row, y[t, r : r + 1])
 
-    return op(void, (i64,) * 6, twin)(emit)
+    return op(void, (i64,) * 8, twin)(emit)

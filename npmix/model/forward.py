@@ -8,8 +8,7 @@ import numpy as np
 
 from ..errors import NumericsError
 from ..kernels import tables as t
-from ..kernels.decode import decode_kernel
-from ..kernels.prefill import logits_kernel, prefill_kernel
+from ..kernels.entry import DECODE, HEAD, PREFILL, entry
 from ..kernels.team import Team
 from .kv_cache import KVCache
 from .state import RunState
@@ -28,10 +27,7 @@ class Forward:
         self.state = RunState(weights, self.cache, context, chunk, threads)
         self.team = Team(threads)
         self._alone = Team(1)
-        slots = tuple(weights.slots)
-        self._decode = decode_kernel(slots, kv)
-        self._prefill = prefill_kernel(slots, kv)
-        self._logits = logits_kernel(slots)
+        self._kernel = entry(tuple(weights.slots), kv)
         self._width = -(-self.config.vocab_size // 16) * 16
         self._row = np.zeros((1, self._width), np.float32)
         self.decode_team = self._alone if weights.bytes_per_token() < SMALL else self.team
@@ -41,19 +37,19 @@ class Forward:
         """Logits (V,) after one token at `position`; its keys and values enter the cache."""
         m, row = self.state.m, self._row
         address = row.__array_interface__["data"][0]
-        self.decode_team.run(self._decode, m, self.weights.layers, token, position, 0, self.config.n_layers, address)
+        self.decode_team.run(self._kernel, DECODE, m, self.weights.layers, token, position, 0, self.config.n_layers, address)
         self._check(row)
         return row[0, : self.config.vocab_size].copy()
 
     def prefill(self, tokens: np.ndarray, position: int, wanted: str = "last", on_layer=None) -> np.ndarray | None:
         """One chunk of tokens at `position`.. through all layers; logits of its "last" (1, V), "all" (T, V) or "none" of them."""
-        count = len(tokens)
+        m, count = self.state.m, len(tokens)
         self.state.array(t.TOKENS)[:count] = tokens
         for layer in range(self.config.n_layers):
             final = layer == self.config.n_layers - 1
             skip = count - 1 if final and wanted != "all" else 0
             self.state.array(t.COUNTERS)[:] = 0
-            self.team.run(self._prefill, self.state.m, self.weights.layers, count, position, layer, skip)
+            self.team.run(self._kernel, PREFILL, m, self.weights.layers, count, position, layer, skip, 0)
             if on_layer:
                 on_layer(layer)
         if wanted == "none":
@@ -63,7 +59,7 @@ class Forward:
         rows = np.zeros((count - first, self._width), np.float32)
         self.state.array(t.COUNTERS)[:] = 0
         address = rows.__array_interface__["data"][0]
-        self.team.run(self._logits, self.state.m, first, count - first, address, rows.strides[0])
+        self.team.run(self._kernel, HEAD, m, self.weights.layers, first, count - first, address, rows.strides[0], 0)
         self._check(rows)
         return rows[:, : self.config.vocab_size]
 

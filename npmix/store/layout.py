@@ -79,6 +79,7 @@ class FilePlan:
 
     @property
     def nbytes(self) -> int:
+        """Size of the file."""
         return len(self.header) + sum(slot.nbytes for slot in self.slots)
 
 

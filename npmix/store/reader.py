@@ -58,7 +58,8 @@ def _check_files(folder: Path, manifest: dict, config: Config) -> None:
         if not path.is_file():
             raise StoreError(f"{path} is missing: copy the store again or convert again")
         if path.stat().st_size != entry["bytes"]:
-            raise StoreError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}: copy the store again or convert again")
+            found = path.stat().st_size
+            raise StoreError(f"{path} has {found} bytes, the manifest says {entry['bytes']}: copy the store again or convert again")
 
 
 def _check_tensor(where: Path, name: str, claim, shape: tuple[int, ...]) -> tuple[str, int]:
@@ -126,7 +127,9 @@ class Store:
             nbytes = tensor_bytes(format, shape, group)
             expected = SAFETENSORS_DTYPE[format], stored_shape(format, shape, nbytes), nbytes
             if (entry.dtype, entry.shape, entry.nbytes) != expected:
-                raise StoreError(f"{self.path / file}: {name} is {entry.dtype} {entry.shape}, the manifest says {expected[0]} {expected[1]}: convert again")
+                raise StoreError(
+                    f"{self.path / file}: {name} is {entry.dtype} {entry.shape}, expected {expected[0]} {expected[1]}: convert again"
+                )
 
     def names(self) -> list[str]:
         """Our names of all tensors, in the order of the forward pass."""

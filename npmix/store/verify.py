@@ -71,7 +71,7 @@ def verify_files(store: Store, progress=None) -> int:
         except OSError as e:
             raise StoreError(f"cannot read {store.path / name}: {e.strerror or e}") from None
         if digest.hexdigest() != entry["sha256"]:
-            raise StoreError(f"{store.path / name} does not have the digest in the manifest: it was damaged, copy the store again or convert again")
+            raise StoreError(f"{store.path / name} is damaged, its sha256 is not the manifest's: copy the store again or convert again")
     return done
 
 

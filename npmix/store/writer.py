@@ -22,7 +22,7 @@ except ImportError:  # Windows
     fcntl = None
 
 # what a conversion writes, and nothing else is ever removed
-OURS = re.compile(r"(layer-\d{5}\.safetensors|rest\.safetensors|tokenizer\.model|npmix\.json|npmix\.partial\.json)(\.partial)?|\.npmix\.lock")
+OURS = re.compile(r"((layer-\d{5}|rest)\.safetensors|tokenizer\.model|npmix\.json|npmix\.partial\.json)(\.partial)?|\.npmix\.lock")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -77,6 +77,7 @@ class _Lock:
             return False
 
     def release(self) -> None:
+        """Remove the file and let the lock go."""
         if fcntl is not None:
             self.path.unlink(missing_ok=True)
         self._file.close()

@@ -106,8 +106,9 @@ def test_harmless_keys_are_ignored():
     """Training and serialisation keys change nothing."""
     harmless = dict(
         torch_dtype="bfloat16", dtype="bfloat16", use_cache=True, initializer_range=0.02, attention_dropout=0.0, router_aux_loss_coef=0.02,
-        router_jitter_noise=0.1, output_router_logits=True, transformers_version="4.36", _name_or_path="x", pad_token_id=0, id2label={"0": "A"},
-        return_dict=True, chunk_size_feed_forward=0, problem_type=None, attention_bias=False, rope_scaling=None, quantization_config=None,
+        router_jitter_noise=0.1, output_router_logits=True, transformers_version="4.36", _name_or_path="x", pad_token_id=0,
+        id2label={"0": "A"}, return_dict=True, chunk_size_feed_forward=0, problem_type=None, attention_bias=False, rope_scaling=None,
+        quantization_config=None,
         _attn_implementation_autoset=True, partial_rotary_factor=1.0, is_decoder=True, pruned_heads={},
     )  # fmt: skip
     assert translate(config(**harmless)) == translate(config())
@@ -192,7 +193,8 @@ def test_a_dense_model_with_experts_is_refused():
 
 def test_no_value_of_any_key_escapes_as_another_exception():
     """Whatever stands in config.json, the answer is a Config or a ConfigError of one line."""
-    values = [None, True, False, 0, -1, 1, 7, 1 << 70, 0.5, float("nan"), float("-inf"), "", "x\ny", [], [1], ["x", None], {}, {"a": 1}, [[]]]
+    numbers = [True, False, 0, -1, 1, 7, 1 << 70, 0.5, float("nan"), float("-inf")]
+    values = [*numbers, None, "", "x\ny", [], [1], ["x", None], {}, {"a": 1}, [[]]]
     keys = [*TINY, "rope_parameters", "rope_scaling", "layer_types", "num_experts", "partial_rotary_factor", "is_decoder", "new\nkey", ""]
     for base in (config(), mistral()):
         for key in keys:

@@ -111,7 +111,8 @@ def test_bad_weights_are_refused(format):
         for place in ((0, 0), (19, 99), (16, 31)):
             w = np.ones((20, 100), np.float32)
             w[place] = bad
-            assert status(w, format) == expected == round_rows(w, format, 32, out)
+            with np.errstate(invalid="ignore"):  # without the JIT, NumPy computes infinity - infinity
+                assert status(w, format) == expected == round_rows(w, format, 32, out)
             with pytest.raises(ConversionError):
                 quantise(w, format, 32)
     w = np.full((20, 100), largest, np.float32)

@@ -1,0 +1,39 @@
+"""The one compiled function that Python calls.
+
+One hard fact: decode, prefill and the output head are made of the same products and attention blocks, and
+LLVM's time goes into those; one entry has them compiled once.
+"""
+
+import functools
+
+from ._jit import njit
+from .attention import attend
+from .decode import decode
+from .phases import matmul_by_slot
+from .prefill import head, prefill
+from .rows import cache_write
+
+DECODE, PREFILL, HEAD = range(3)
+
+
+@functools.lru_cache(maxsize=None)
+def entry(slots, kv):
+    """The kernel of a model with these (format, group) slots and this KV cache: (work, m, layers, a, b, c, d, e, index, members).
+
+    work DECODE: token, position, first layer, last layer, address of the logits or 0 (`decode.decode`).
+    work PREFILL: tokens, position, layer, skip, unused (`prefill.prefill`).
+    work HEAD: first token, tokens, address of the logits, bytes from one token's to the next's, unused (`prefill.head`).
+    """
+    mm, attend_block, write = matmul_by_slot(slots), attend(kv), cache_write(kv)
+    kv_size = 2 if kv == "f16" else 4
+
+    @njit(entry=f"{slots} {kv}")
+    def run(work, m, layers, a, b, c, d, e, index, members):
+        if work == DECODE:
+            decode(mm, attend_block, write, kv_size, m, layers, a, b, c, d, e, index, members)
+        elif work == PREFILL:
+            prefill(mm, attend_block, write, kv_size, m, layers, a, b, c, d, index, members)
+        else:
+            head(mm, m, a, b, c, d, index, members)
+
+    return run

@@ -1,0 +1,88 @@
+import json
+import re
+import shutil
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def store(tiny, npmix_command, tmp_path_factory):
+    """The tiny model packed by the command."""
+    folder = tmp_path_factory.mktemp("stores") / "q8"
+    result = npmix_command("convert", tiny, folder, "--quant", "q8", "--quiet")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+    return folder
+
+
+def failed(result):
+    """stderr of a command that ended with 1 and one line."""
+    assert result.exit_code == 1 and result.stdout == ""
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("npmix: error: ") and "Traceback" not in result.stderr
+    return line
+
+
+def test_convert_tells_what_it_made(npmix_command, tiny, tmp_path):
+    """Without --quiet the bar ends at 100 % and a line tells the sizes."""
+    result = npmix_command("convert", tiny, tmp_path / "q4", "--quant", "q4", "--group", "32", "--threads", 2)
+    assert result.exit_code == 0 and result.stdout == ""
+    bar, line = result.stderr.splitlines()[-2:]
+    assert bar.startswith("[########################] 100 %")
+    assert re.search(r"q4: [\d,]+ weights in [\d.]+ kB, [\d.]+ bits per weight$", line)
+
+
+def test_verify_and_damage(npmix_command, store, tmp_path):
+    """verify says what it checked; one flipped byte is found and named, exit code 1."""
+    good = npmix_command("verify", store, "--quiet")
+    assert good.exit_code == 0 and "match their sha256" in good.stdout
+    copy = tmp_path / "copy"
+    shutil.copytree(store, copy)
+    file = copy / "rest.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert "rest.safetensors" in failed(npmix_command("verify", copy, "--quiet"))
+
+
+def test_info(npmix_command, tiny, store):
+    """info lists config and weights by kind for both kinds of folders; --json holds the same numbers."""
+    for folder in (tiny, store):
+        table = npmix_command("info", folder).stdout
+        found = json.loads(npmix_command("info", folder, "--json").stdout)
+        assert found["config"]["n_layers"] == 2 and "2 layers, dim 64" in table
+        assert f"{found['total']['weights']:,}" in table and "experts" in table
+    assert 8 < found["weights"]["experts"]["bits_per_weight"] < 12
+
+
+def test_refusals(npmix_command, tiny, store, tmp_path):
+    """A DST in use, a SRC that is none, a DIR that is none: one line; contradicting options: usage."""
+    assert "--force" in failed(npmix_command("convert", tiny, store, "--quant", "q8"))
+    failed(npmix_command("convert", tmp_path / "none", tmp_path / "out", "--quant", "q8"))
+    assert not (tmp_path / "out").exists()
+    failed(npmix_command("verify", tmp_path / "none"))
+    failed(npmix_command("info", tmp_path / "none"))
+    for arguments in (["--quant", "q5"], [], ["--quant", "q8", "--uniform"], ["--quant", "q4", "--group", "48"]):
+        assert npmix_command("convert", tiny, tmp_path / "x", *arguments).exit_code == 2
+    assert not (tmp_path / "x").exists()
+
+
+def test_force_replaces(npmix_command, tiny, store, tmp_path):
+    """--force makes a store anew over an old one."""
+    copy = tmp_path / "copy"
+    shutil.copytree(store, copy)
+    (copy / "npmix.json").write_text("{}")
+    assert npmix_command("convert", tiny, copy, "--quant", "q8", "--force", "--quiet").exit_code == 0
+    assert npmix_command("verify", copy, "--quiet").exit_code == 0
+
+
+@pytest.mark.compiled
+def test_warmup_leaves_nothing_to_compile(npmix_command, store):
+    """After `npmix warmup` another one finds every kernel in the cache, and a run compiles nothing."""
+    assert npmix_command("warmup", "-m", store, "--quiet").stderr == ""
+    import subprocess
+    import sys
+
+    second = subprocess.run([sys.executable, "-m", "npmix", "warmup", "-m", store], capture_output=True, text=True)
+    assert (second.returncode, second.stdout, second.stderr) == (0, "", "npmix: all kernels are compiled already\n")
+    run = subprocess.run([sys.executable, "-m", "npmix", "run", "-m", store, "-n", "4", "def f(x): return"], capture_output=True, text=True)
+    assert run.returncode == 0 and "compiling" not in run.stderr
