@@ -20,7 +20,7 @@ from dataclasses import dataclass
 ROW_BLOCK = 16  # rows of a row block
 GROUPS = (32, 64, 128)  # inputs that may share a scale
 DEFAULT_GROUP = 64
-EXPERT_UNIT = 128  # rows of w_gate and w_up that one thread takes at a time: whole groups of w_down's inputs
+EXPERT_UNIT = 256  # rows of w_gate and w_up that one thread takes at a time: whole pairs of groups of w_down's inputs
 
 DENSE = {"f32": 4, "f16": 2, "bf16": 2}  # bytes a weight
 
