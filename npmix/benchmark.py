@@ -79,7 +79,7 @@ def weight_formats(source) -> str:
 
 def machine() -> dict:
     """What this runs on, in words and numbers."""
-    import numba
+    from importlib.metadata import version
 
     from . import __version__
     from .kernels.cpu import form
@@ -98,7 +98,7 @@ def machine() -> dict:
         "system": f"{platform.system()} {platform.machine()}",
         "int8_form": form(),
         "python": platform.python_version(),
-        "numba": numba.__version__,
+        "numba": version("numba"),
         "npmix": __version__,
     }
 

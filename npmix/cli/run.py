@@ -13,8 +13,9 @@ import click
 from .. import __version__
 from ..errors import InputError
 from .interrupts import INTERRUPTED, Interrupts
-from .notices import compile_notice, say, size
+from .notices import compile_notice, say
 from .options import Number, engine_options, model_option, utf8
+from .output import figures, follow, write
 
 
 def read_prompt(prompt, file) -> str | None:
@@ -104,42 +105,6 @@ def run_once(model, prompt, chat, settings, echo, as_json, quiet):
         say(figures(stream.stats, settings["seed"] is None))
     if interrupts.asked:
         click.get_current_context().exit(INTERRUPTED)
-
-
-def follow(stream, interrupts):
-    """The pieces of a stream until it ends or Ctrl-C asks; then also what was held back as a stop string's beginning."""
-    try:
-        with interrupts:
-            while not interrupts.asked and (piece := next(stream, None)) is not None:
-                yield piece
-    except KeyboardInterrupt:  # raised by interrupts.check between the chunks of a prompt
-        pass
-    finally:
-        stream.close()
-    if interrupts.asked and stream.held:
-        yield stream.held
-
-
-def write(text: str) -> None:
-    """Text to stdout, at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def figures(stats, random_seed: bool) -> str:
-    """The closing line: speeds, time to the first token, memory, a seed that was drawn."""
-    from ..benchmark import peak_memory
-
-    computed = stats.prompt_tokens - stats.cached_tokens
-    parts = [f"prompt {computed} tokens at {stats.prompt_tokens_per_s:.1f} tok/s"]
-    parts.append(f"text {stats.generated_tokens} tokens at {stats.decode_tokens_per_s:.1f} tok/s")
-    parts.append(f"first token {stats.first_token_s:.2f} s")
-    peak = peak_memory()
-    if peak is not None:
-        parts.append(f"peak memory {size(peak)}")
-    if random_seed and stats.seed is not None:
-        parts.append(f"seed {stats.seed}")
-    return ", ".join(parts)
 
 
 def report(model, text: str, stats) -> dict:

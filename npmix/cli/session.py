@@ -10,7 +10,7 @@ import click
 from ..errors import ContextError
 from .interrupts import INTERRUPTED, Interrupts
 from .notices import say
-from .run import figures, follow, write
+from .output import figures, follow, write
 
 PROMPT = "> "
 

@@ -68,7 +68,8 @@ def cache_dir() -> Path | None:
 def _source_hash() -> str:
     """A hash of what the machine code depends on: kernel sources, versions, the chosen form of the int8 dot."""
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    here = Path(__file__).parent
+    for file in [here.parent / "formats.py", *sorted(here.glob("*.py"))]:  # constants are compiled in
         digest.update(file.read_bytes())
     digest.update(repr((numba.__version__, sys.version_info[:2], sys.implementation.cache_tag, cpu.form())).encode())
     return digest.hexdigest()[:20]

@@ -23,11 +23,12 @@ class Terminal:
         command = [sys.executable, "-m", "npmix", "run", *map(str, arguments)]
         self.process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=env, start_new_session=True)
         os.close(slave)
+        self.unread = b""
 
     def until(self, pattern, seconds=120):
-        """Read until the pattern comes; all that was read."""
-        seen, end = b"", time.monotonic() + seconds
-        while not re.search(pattern, seen):
+        """Read until the pattern comes; all up to its end."""
+        seen, end = self.unread, time.monotonic() + seconds
+        while not (found := re.search(pattern, seen)):
             ready, _, _ = select.select([self.master], [], [], max(0, end - time.monotonic()))
             assert ready, f"no {pattern!r} after {seconds} s in {seen!r}"
             try:
@@ -36,7 +37,8 @@ class Terminal:
                 data = b""
             assert data, f"no {pattern!r} before the end in {seen!r}"
             seen += data
-        return seen
+        self.unread = seen[found.end() :]
+        return seen[: found.end()]
 
     def type(self, text):
         os.write(self.master, text)
@@ -79,7 +81,7 @@ def test_session_starts_anew_when_the_context_is_full(tiny):
     terminal.until(rb"> ")
     for _ in range(4):
         terminal.type(b"return n\n")
-        seen = terminal.until(rb"> $")
+        seen = terminal.until(rb"> ")
         if b"starts anew" in seen:
             break
     assert b"starts anew" in seen

@@ -1,6 +1,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -51,7 +53,7 @@ def test_info(npmix_command, tiny, store):
         found = json.loads(npmix_command("info", folder, "--json").stdout)
         assert found["config"]["n_layers"] == 2 and "2 layers, dim 64" in table
         assert f"{found['total']['weights']:,}" in table and "experts" in table
-    assert 8 < found["weights"]["experts"]["bits_per_weight"] < 12
+    assert found["weights"]["experts"]["formats"] == ["q8 group 64"]
 
 
 def test_refusals(npmix_command, tiny, store, tmp_path):
@@ -79,9 +81,6 @@ def test_force_replaces(npmix_command, tiny, store, tmp_path):
 def test_warmup_leaves_nothing_to_compile(npmix_command, store):
     """After `npmix warmup` another one finds every kernel in the cache, and a run compiles nothing."""
     assert npmix_command("warmup", "-m", store, "--quiet").stderr == ""
-    import subprocess
-    import sys
-
     second = subprocess.run([sys.executable, "-m", "npmix", "warmup", "-m", store], capture_output=True, text=True)
     assert (second.returncode, second.stdout, second.stderr) == (0, "", "npmix: all kernels are compiled already\n")
     run = subprocess.run([sys.executable, "-m", "npmix", "run", "-m", store, "-n", "4", "def f(x): return"], capture_output=True, text=True)
