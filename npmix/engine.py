@@ -51,6 +51,11 @@ class Engine:
         self._pid = os.getpid()
         self._closed = False
 
+    def load_kernels(self) -> None:
+        """Compile the kernels, or load them from the disk cache, so that the first token does not wait for them."""
+        self._checked([0])
+        self._forward.load_kernels()
+
     open = classmethod(lambda cls, path, **options: cls(path, **options))
 
     def prefill(self, ids, on_progress=None) -> np.ndarray:

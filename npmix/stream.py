@@ -240,6 +240,7 @@ class Stream:
                 return None
             model.turns.holder = threading.get_ident()  # a stream may be handed to another thread
             if not stats.ids:
+                model.engine.load_kernels()  # the first run compiles: no prompt is to blame for that
                 before = time.perf_counter()
                 logits, stats.cached_tokens = model.feed(self._request.ids, self._request.reuse, self._request.on_progress)
                 stats.prefill_s = time.perf_counter() - before

@@ -55,7 +55,8 @@ def bench(model, threads, prompt, tokens, turns, chunk, kv, start, json_file):
     """Measure start, prefill and decode against the machine's ceilings.
 
     Each speed is a median over several turns with its least and most; each share is held against the memory's read speed
-    or the int8 peak measured in the same turn. The last line is everything as one JSON object.
+    or the int8 peak measured in the same turn (a model small enough for the caches can exceed it). The last line is
+    everything as one JSON object.
     """
     from ..benchmark import benchmark
 

@@ -134,6 +134,11 @@ class _DiskCache(_Cache):
         pass
 
 
+def signature(*args) -> tuple:
+    """The Numba types of arguments."""
+    return tuple(numba.typeof(a) for a in args)
+
+
 def njit(function=None, *, entry=None, inline=False):
     """Compile `function` at its first call.
 

@@ -216,6 +216,7 @@ def attend(kv):
             own = position + (offset + r) // heads - start
             part = parts + r * 4 * (16 + width)
             softmax_row(scores + 4 * BLOCK * r, begin, end, own - window + 1, own + 1, part)
+        end = min(BLOCK, last + 1 - start)  # no further: weight 0 times what an earlier, not finite sequence left there is NaN
         values_of(rows, scores, values + slot * width * size, width, begin, end, parts + 64, 4 * (16 + width))
 
     return attend_block

@@ -6,12 +6,13 @@ LLVM's time goes into those; one entry has them compiled once.
 
 import functools
 
-from ._jit import njit
+from ._jit import DISABLED, njit
 from .attention import attend
 from .decode import decode
 from .phases import matmul_by_slot
 from .prefill import head, prefill
 from .rows import cache_write
+from .simd import i64
 
 DECODE, PREFILL, HEAD = range(3)
 
@@ -37,3 +38,9 @@ def entry(slots, kv):
             head(mm, m, a, b, c, d, index, members)
 
     return run
+
+
+def load(run) -> None:
+    """Compile an entry, or load it from the disk cache, before its first call."""
+    if not DISABLED:
+        run.compile((i64, i64[::1], i64[:, ::1]) + (i64,) * 7)

@@ -286,19 +286,19 @@ _EXP2 = [float(np.float32(np.log(2.0) ** k / math.factorial(k))) for k in range(
 
 def _twin_exp2(x):
     x = np.asarray(x, np.float32)
-    clamped = np.maximum(np.minimum(x, np.float32(127)), np.float32(-126))
+    clamped = np.fmax(np.fmin(x, np.float32(127)), np.float32(-126))
     whole = np.rint(clamped)
     part = clamped - whole
     y = np.full_like(part, _EXP2[7])
     for c in _EXP2[6::-1]:
         y = twin_fma(y, part, np.float32(c))
     y = y * ((whole.astype(np.int32) + 127) << 23).view(np.float32)
-    return np.where(x < -126, np.float32(0), y)
+    return np.where(x < -126, np.float32(0), np.where(np.isnan(x), x, y))
 
 
 @op(F32, (F32,), _twin_exp2)
 def exp2(b, x):
-    """2**x, exactly 1 at 0 and exactly 0 below -126 (so -inf masks a lane); at most 2**127."""
+    """2**x, exactly 1 at 0 and exactly 0 below -126 (so -inf masks a lane); at most 2**127; NaN stays NaN."""
     kind = x.type
     top, low = const_vector("f32", 16, 127.0), const_vector("f32", 16, -126.0)
     clamped = b.select(b.fcmp_ordered("<", x, top), x, top)
@@ -310,6 +310,7 @@ def exp2(b, x):
         y = emit_fma(b, y, part, const_vector("f32", 16, c))
     power = b.add(b.fptosi(whole, vector("i32", 16)), const_vector("i32", 16, 127))
     y = b.fmul(y, b.bitcast(b.shl(power, const_vector("i32", 16, 23)), kind))
+    y = b.select(b.fcmp_unordered("uno", x, x), x, y)
     return b.select(b.fcmp_ordered("<", x, low), const_vector("f32", 16, 0.0), y)
 
 

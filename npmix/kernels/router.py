@@ -14,14 +14,15 @@ LOG2_E = 1.4426950408889634
 
 @njit
 def choose(logits, n_experts, n_active, experts, weights):
-    """Write the chosen experts (int32, ascending) and their softmax weights (float32); logits are overwritten."""
+    """Write the chosen experts (int32, ascending) and their softmax weights (float32)."""
     for a in range(n_active):
         best = -1
         for e in range(n_experts):
             taken = False
             for b in range(a):
                 taken = taken or get_i32(experts + 4 * b) == e
-            if not taken and (best < 0 or get_f32(logits + 4 * e) > get_f32(logits + 4 * best)):
+            x = get_f32(logits + 4 * e)
+            if not taken and (best < 0 or x > get_f32(logits + 4 * best) or x != x):  # a NaN is chosen, so that it shows
                 best = e
         put_i32(experts + 4 * a, best)
     top = get_f32(logits + 4 * get_i32(experts))

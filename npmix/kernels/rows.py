@@ -6,6 +6,7 @@ same bits on both ways. Rows are padded with zeros to whole vectors.
 
 import functools
 
+import numpy as np
 from numpy import float32 as F
 from numpy import int32 as I32
 from numpy import int64 as I64
@@ -54,7 +55,9 @@ _Q8_STEP, _Q8_ZERO, _Q4_STEP, _Q4_ZERO = PACKED["q8"].step, PACKED["q8"].zero, P
 
 @njit
 def embed(table, form, group, token, dim, out):
-    """Row `token` of an embedding table in any format, as float32 (dim,)."""
+    """Row `token` of an embedding table in any format, as float32 (dim,), then zeros up to a multiple of 16."""
+    for k in range(dim, (dim + 15) // 16 * 16):  # what an earlier, not finite row left there would spread
+        put_f32(out + 4 * k, F(0.0))
     if form == _F32:
         for k in range(dim):
             put_f32(out + 4 * k, get_f32(table + 4 * (token * dim + k)))
@@ -191,9 +194,9 @@ def cache_write(kv):
     @njit
     def write_f16(value, address):
         saturated = 0
-        if value > F(F16_MAX):
+        if F(F16_MAX) < value < F(np.inf):  # infinities stay, so that nothing hides them
             value, saturated = F(F16_MAX), 1
-        elif value < F(-F16_MAX):
+        elif F(-np.inf) < value < F(-F16_MAX):
             value, saturated = F(-F16_MAX), 1
         put_f16(address, value)
         return saturated

@@ -9,7 +9,7 @@ A member that waits spins for a while, then gives way; the calling thread is mem
 
 import threading
 
-from ._jit import DISABLED, njit
+from ._jit import DISABLED, njit, signature
 from .ops import atomic_add, atomic_get, atomic_put, give_way, spin_hint
 
 _SPINS = 4000  # about 40 microseconds
@@ -34,6 +34,12 @@ def barrier(cell, members):
             give_way()
 
 
+def prepare(kernel, *args):
+    """Compile or load `kernel` for these arguments in the calling thread, so that an interrupt meanwhile leaves no member waiting."""
+    if not getattr(kernel, "signatures", True):
+        kernel.compile(signature(*args))
+
+
 class Team:
     """`size` members: the caller of `run` and size - 1 daemon threads, which start at the first run."""
 
@@ -51,12 +57,15 @@ class Team:
             return
         if not self._wake:
             self._start()
-        self._job = (kernel, args)
+        prepare(kernel, *args, 0, self.size)
+        self._job, self._failure = (kernel, args), None
         for lock in self._wake:
             lock.release()
-        kernel(*args, 0, self.size)
-        for _ in self._wake:
-            self._done.acquire()
+        try:
+            kernel(*args, 0, self.size)
+        finally:  # also when a Ctrl-C strikes here: nobody may still be at work when the next run starts
+            for _ in self._wake:
+                self._done.acquire()
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure

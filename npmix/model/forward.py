@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import NumericsError
 from ..kernels import tables as t
-from ..kernels.entry import DECODE, HEAD, PREFILL, entry
+from ..kernels.entry import DECODE, HEAD, PREFILL, entry, load
 from ..kernels.team import Team
 from .kv_cache import KVCache
 from .state import RunState
@@ -32,6 +32,10 @@ class Forward:
         self._row = np.zeros((1, self._width), np.float32)
         self.decode_team = self._alone if weights.bytes_per_token() < SMALL else self.team
         self.saturated = False  # a key or value did not fit float16
+
+    def load_kernels(self) -> None:
+        """Compile the kernels or load them from the cache now, not at the first token."""
+        load(self._kernel)
 
     def decode(self, token: int, position: int) -> np.ndarray:
         """Logits (V,) after one token at `position`; its keys and values enter the cache."""

@@ -1,0 +1,239 @@
+"""Random checkpoints and packed stores of any size, for benchmarks and tests; full-width Mixtral unless told otherwise.
+
+    python tools/make_checkpoint.py OUT --layers 4 --quant q4              a packed store, written straight from the random source
+    python tools/make_checkpoint.py OUT --layers 4 --quant q4 --uniform    every matrix at 4.5 bits
+    python tools/make_checkpoint.py OUT --layers 2 --hf                    a Hugging Face folder: bf16 shards, index, config.json
+
+One hard fact: routing that repeats itself flatters whatever keeps experts in a cache. So weights have zero mean, the
+embeddings dominate the residual stream, and the routing is measured and printed: each expert's share by layer (the real Mixtral:
+3.5-19.9 %), how often the next token has the same first choice (14-28 % there), and how often a layer's input alone, put through its
+router, names the experts (a guess that leaves out the layer's attention).
+
+All matrices are windows of one pool of random bf16 numbers of variance 1 / dim. Windows start at different distances from a multiple of
+gcd(dim, hidden), so no two experts have a row in common, and none repeats within a matrix, which is smaller than the pool.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from npmix.checkpoint.names import huggingface_places  # noqa: E402
+from npmix.config import Config  # noqa: E402
+from npmix.convert import convert  # noqa: E402
+from npmix.quant.tensor import Tensor  # noqa: E402
+
+SHARD = 4 << 30  # bytes of weights in a file of the Hugging Face folder
+PIECE = 1 << 22
+EMBEDDING_STD = 4.0  # of the residual stream; a layer adds about 1, so the current token decides the routing
+MIXTRAL = {
+    "layers": 32, "dim": 4096, "hidden": 14336, "heads": 32, "kv_heads": 8, "head_dim": 128, "experts": 8, "active": 2, "vocab": 32000,
+    "positions": 65536,
+}  # fmt: skip
+
+
+def make_config(**sizes) -> Config:
+    """Mixtral's config with some sizes changed; the names are those of MIXTRAL."""
+    s = {**MIXTRAL, **sizes}
+    return Config(
+        dim=s["dim"], n_layers=s["layers"], n_heads=s["heads"], n_kv_heads=s["kv_heads"], head_dim=s["head_dim"], hidden_dim=s["hidden"],
+        n_experts=s["experts"], n_active=s["active"], vocab_size=s["vocab"], norm_eps=1e-5, rope_theta=1e6, max_positions=s["positions"],
+    )  # fmt: skip
+
+
+def random_pool(count: int, std: float, seed: int) -> np.ndarray:
+    """`count` bf16 numbers (as uint16), normal with mean 0."""
+    rng, pool = np.random.default_rng(seed), np.empty(count, np.uint16)
+    for at in range(0, count, PIECE):
+        piece = rng.standard_normal(min(PIECE, count - at), np.float32) * np.float32(std)
+        pool[at : at + PIECE] = (piece.view(np.uint32) + 0x8000) >> 16
+    return pool
+
+
+class RandomSource:
+    """Weights made as they are asked for: a checkpoint for `convert` that never lies on a disk."""
+
+    kind = "random"
+    is_instruct = False
+    tokenizer_path = None
+
+    def __init__(self, config: Config, seed: int = 0, embedding_std: float = EMBEDDING_STD, name: str = "random"):
+        self.path, self.config, self.seed = Path(name), config, seed
+        self._shapes = config.tensor_shapes()
+        largest = max(math.prod(shape) for shape in self._shapes.values())
+        self._unit = math.gcd(config.dim, config.hidden_dim)
+        self._pool = random_pool(largest + largest // 2 + 64 * self._unit, config.dim**-0.5, seed)
+        self._power = round(math.log2(embedding_std * config.dim**0.5))  # of 2, exact on bf16
+        matrices = [name for name, shape in self._shapes.items() if len(shape) == 2]
+        self._number = {name: i for i, name in enumerate(matrices)}
+
+    def names(self) -> list[str]:
+        return list(self._shapes)
+
+    def _window(self, name: str) -> np.ndarray:
+        """Rows (N, K) of the pool: a random multiple of `unit`, and a remainder no other matrix has (as far as they go round)."""
+        shape, number = self._shapes[name], self._number[name]
+        count = math.prod(shape)
+        places = (len(self._pool) - count) // self._unit - 1
+        place = int(np.random.default_rng([self.seed, number]).integers(places))
+        at = place * self._unit + (number * 37 + 1) % self._unit
+        return self._pool[at : at + count].reshape(shape)
+
+    def tensor(self, name: str) -> Tensor:
+        """A norm (ones, f32) or a matrix (bf16)."""
+        shape = self._shapes[name]
+        if len(shape) == 1:
+            return Tensor(np.ones(shape, np.float32), "f32", shape)
+        data = self._window(name)
+        if name == "tok_embeddings":
+            data = np.where(data & 0x7F80, data + np.uint16(self._power << 7), data)
+        return Tensor(data, "bf16", shape)
+
+    def fingerprint(self) -> str:
+        return f"random pool, seed {self.seed}, embeddings x 2^{self._power}"
+
+
+# ---- a Hugging Face folder ---------------------------------------------------------------------------
+
+
+def config_json(c: Config) -> dict:
+    """config.json as MixtralForCausalLM writes it."""
+    return {
+        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_size": c.dim, "intermediate_size": c.hidden_dim,
+        "num_hidden_layers": c.n_layers, "num_attention_heads": c.n_heads, "num_key_value_heads": c.n_kv_heads, "head_dim": c.head_dim,
+        "num_local_experts": c.n_experts, "num_experts_per_tok": c.n_active, "vocab_size": c.vocab_size, "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope_theta, "max_position_embeddings": c.max_positions, "sliding_window": None, "hidden_act": "silu",
+        "tie_word_embeddings": False, "bos_token_id": c.bos_id, "eos_token_id": c.eos_ids[0], "torch_dtype": "bfloat16",
+    }  # fmt: skip
+
+
+def _as_bf16(tensor: Tensor) -> np.ndarray:
+    return tensor.data if tensor.format == "bf16" else (tensor.data.view(np.uint32) >> 16).astype(np.uint16)  # ones: exact
+
+
+def _write_shard(path: Path, tensors: list[tuple[str, str]], source: RandomSource) -> None:
+    """One safetensors file. tensors: (our name, their name)."""
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for ours, theirs in tensors:
+        shape = source.config.tensor_shapes()[ours]
+        end = at + 2 * math.prod(shape)
+        header[theirs] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for ours, _ in tensors:
+            file.write(np.ascontiguousarray(_as_bf16(source.tensor(ours))))
+
+
+def write_huggingface(source: RandomSource, out: Path, shard_bytes: int = SHARD) -> None:
+    """Config, shards and their index."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(config_json(source.config), indent=2) + "\n")
+    places, shapes = huggingface_places(source.config), source.config.tensor_shapes()
+    shards, room = [[]], shard_bytes
+    for name, shape in shapes.items():
+        if shards[-1] and 2 * math.prod(shape) > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append((name, places[name][0].name))
+        room -= 2 * math.prod(shape)
+    table = {}
+    for i, tensors in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        _write_shard(out / file, tensors, source)
+        table.update({theirs: file for _, theirs in tensors})
+    total = sum(2 * math.prod(shape) for shape in shapes.values())
+    (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": table}, indent=1))
+
+
+# ---- what the router does with it --------------------------------------------------------------------
+
+
+def measure_routing(path, tokens: int = 256, seed: int = 1) -> list[dict]:
+    """A layer each: {"shares": (E,), "repeats", "guessed"}, over random tokens run through the engine."""
+    from npmix.engine import Engine
+    from npmix.kernels import tables as t
+    from npmix.quant.pack import dequantize
+
+    with Engine(path, context=tokens, chunk=tokens) as engine:
+        c, state = engine.config, engine._forward.state
+        ids = np.random.default_rng(seed).integers(0, c.vocab_size, tokens).astype(np.int32)
+        rows, found = [], []
+        norms = [dequantize(engine.source.tensor(f"layers.{i}.ffn_norm")) for i in range(c.n_layers)]
+        routers = [dequantize(engine.source.tensor(f"layers.{i}.router")) for i in range(c.n_layers)]
+
+        def look(layer):
+            choice = state.array(t.CHOICE).reshape(-1, c.n_active).copy()  # (T, A)
+            weight = state.array(t.CHOICE_WEIGHT).reshape(-1, c.n_active)
+            first = np.take_along_axis(choice, weight.argmax(1)[:, None], 1)[:, 0]
+            shares = np.bincount(choice.reshape(-1), minlength=c.n_experts) / choice.size
+            guessed = None
+            if rows:
+                scores = rows.pop() * norms[layer] @ routers[layer].T  # any positive scale of a row leaves its order alone
+                guess = np.argsort(-scores, axis=1)[:, : c.n_active]
+                guessed = float((guess[:, :, None] == choice[:, None]).any(2).mean())
+            rows.append(state.array(t.X)[:tokens, : c.dim].copy())
+            found.append({"shares": shares, "repeats": float((first[1:] == first[:-1]).mean()), "guessed": guessed})
+
+        engine._forward.prefill(ids, 0, "all", look)
+    return found
+
+
+def print_routing(found: list[dict], tokens: int) -> None:
+    """The histogram, a line a layer."""
+    print(f"routing of {tokens} random tokens, share of each expert in %; first choice repeated by the next token; experts guessed right")
+    for layer, row in enumerate(found):
+        guessed = "" if row["guessed"] is None else f"   guessed {100 * row['guessed']:3.0f} %"
+        print(f"layer {layer:3d}  " + " ".join(f"{100 * share:5.1f}" for share in row["shares"]) + f"   repeats {100 * row['repeats']:3.0f} %{guessed}")
+
+
+# ---- the command -------------------------------------------------------------------------------------
+
+
+def _progress(done: int, total: int, what: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{100 * done / total:5.1f} % {what:40.40}", end="\n" if done == total else "", file=sys.stderr)
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Make a random Mixtral checkpoint or packed store with near-uniform routing.")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
+    for name, value in MIXTRAL.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=int, default=value, metavar="N", help=f"default {value}")
+    parser.add_argument("--quant", choices=("q8", "q4"), default="q4", help="of the packed store (default q4)")
+    parser.add_argument("--uniform", action="store_true", help="every matrix at 4.5 bits (4 bits, group 32)")
+    parser.add_argument("--group", type=int, choices=(32, 64, 128), help="inputs per scale of the experts")
+    parser.add_argument("--hf", action="store_true", help="a Hugging Face folder in bf16 instead of a packed store")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--embedding-std", type=float, default=EMBEDDING_STD, metavar="X", help=f"rounded to a power of 2 (default {EMBEDDING_STD})")
+    parser.add_argument("--force", action="store_true", help="replace a store in OUT")
+    parser.add_argument("--tokens", type=int, default=256, metavar="N", help="to measure the routing with; 0: do not (default 256)")
+    return parser
+
+
+def main(argv=None) -> None:
+    args = arguments().parse_args(argv)
+    config = make_config(**{name: getattr(args, name) for name in MIXTRAL})
+    began = time.perf_counter()
+    source = RandomSource(config, args.seed, args.embedding_std)
+    if args.hf:
+        write_huggingface(source, args.out)
+    else:
+        convert(source, args.out, args.quant, uniform=args.uniform, group=args.group, force=args.force, progress=_progress)
+    del source
+    seconds, size = time.perf_counter() - began, sum(file.stat().st_size for file in args.out.iterdir())
+    print(f"{args.out}: {size / 1e9:.2f} GB in {seconds:.0f} s", flush=True)
+    if args.tokens:
+        print_routing(measure_routing(args.out, args.tokens), args.tokens)
+
+
+if __name__ == "__main__":
+    main()
