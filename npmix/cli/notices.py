@@ -15,33 +15,21 @@ def say(text: str) -> None:
 
 @contextmanager
 def compile_notice(quiet: bool = False):
-    """Within this block, say so when kernels have to be compiled; yields a list of their names.
-
-    The first one prints the line; on a terminal it then counts along.
-    """
+    """Within this block, say so once when kernels have to be compiled; yields the growing list of their names."""
     from ..kernels._jit import on_compile
 
     names: list[str] = []
-    live = sys.stderr.isatty()
 
     def listener(name):
         names.append(name)
-        if quiet:
-            return
-        if len(names) == 1 and not live:
+        if len(names) == 1 and not quiet:  # only once: text may stand on the terminal's line by the next one
             say("compiling kernels (first run only) ...")
-        elif live:
-            sys.stderr.write(f"\rnpmix: compiling kernels (first run only) ... {len(names)}")
-            sys.stderr.flush()
 
     stop = on_compile(listener)
     try:
         yield names
     finally:
         stop()
-        if names and live and not quiet:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
 
 
 def size(count: float) -> str:

@@ -28,13 +28,18 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
+def _rate(what: str, count: int, per_second: float) -> str:
+    """prompt 10 tokens at 512.0 tok/s; no speed where none was measured: the first token of a text belongs to the prompt."""
+    tokens = f"{what} {count} token{'' if count == 1 else 's'}"
+    return f"{tokens} at {per_second:.1f} tok/s" if per_second else tokens
+
+
 def figures(stats, random_seed: bool) -> str:
     """The closing line: speeds, time to the first token, memory, a seed that was drawn."""
     from ..benchmark import peak_memory
 
     computed = stats.prompt_tokens - stats.cached_tokens
-    parts = [f"prompt {computed} tokens at {stats.prompt_tokens_per_s:.1f} tok/s"]
-    parts.append(f"text {stats.generated_tokens} tokens at {stats.decode_tokens_per_s:.1f} tok/s")
+    parts = [_rate("prompt", computed, stats.prompt_tokens_per_s), _rate("text", stats.generated_tokens, stats.decode_tokens_per_s)]
     parts.append(f"first token {stats.first_token_s:.2f} s")
     peak = peak_memory()
     if peak is not None:

@@ -12,10 +12,9 @@ from ._jit import njit
 from .attention import BLOCK, TALLEST, clear, finish, merge
 from .matmul import act_bytes
 from .ops import add, fma, get_f32, get_i32, load_f32, splat_f32, store_f32
-from .phases import NONE, ONE, add_rows, blocks_of, expert_unit, head_row, norm_and_check, norm_and_quantise, qkv_blocks, route, scratch, source_of, unit_to_acts
+from .phases import NONE, ONE, add_rows, blocks_of, end_phase, expert_unit, head_row, norm_and_check, norm_and_quantise, qkv_blocks, route, scratch, source_of, unit_to_acts
 from .rows import embed, quantise_row
 from .tables import *  # noqa: F403  (the columns)
-from .team import barrier
 
 
 @njit(inline=True)
@@ -23,7 +22,7 @@ def decode(mm, attend_block, write, kv_size, m, layers, token, position, first, 
     """Layers first..last of one token; it is embedded when first is 0; `logits`: where to write them, or 0."""
     if first == 0 and index == 0:
         embed(m[EMBEDDINGS], m[EMBEDDINGS_FORMAT], m[EMBEDDINGS_GROUP], token, m[DIM], m[X])
-    barrier(m[BARRIER], members)
+    end_phase(m, T_EMBED, index, members)
     for layer in range(first, last):
         attention(mm, attend_block, write, kv_size, m, layers, layer, position, index, members)
         feed_forward(mm, m, layers, layer, index, members)
@@ -42,12 +41,12 @@ def attention(mm, attend_block, write, kv_size, m, layers, layer, position, inde
         low, high = max(begin - base, 0), min(end - base, q if which == 0 else kv)
         if low < high:
             qkv_blocks(mm, m, layers, layer, which, low, high, act, ONE, m[QKV], NONE)
-    barrier(m[BARRIER], members)
+    end_phase(m, T_QKV, index, members)
     for item in range(index, m[N_HEADS] + 2 * m[N_KV_HEADS], members):
         head_row(m, kv_size, write, layer, item, m[QKV], NONE, position, scratch(m, S_SCORES, index))
-    barrier(m[BARRIER], members)
+    end_phase(m, T_ROPE, index, members)
     blocks(attend_block, kv_size, m, layer, position, index, members)
-    barrier(m[BARRIER], members)
+    end_phase(m, T_ATTENTION, index, members)
     oldest = max(0, position - m[WINDOW] + 1) // BLOCK
     running, part_bytes = scratch(m, S_RUNNING, index), 4 * (16 + m[V_WIDTH])
     for head in range(m[N_HEADS] * index // members, m[N_HEADS] * (index + 1) // members):
@@ -55,13 +54,13 @@ def attention(mm, attend_block, write, kv_size, m, layers, layer, position, inde
         for b in range(position // BLOCK - oldest + 1):
             merge(running, m[PARTS] + (b * m[N_HEADS] + head) * part_bytes, m[V_WIDTH])
         finish(running, m[HEAD_DIM], m[ATT] + 4 * m[HEAD_DIM] * head)
-    barrier(m[BARRIER], members)
+    end_phase(m, T_MERGE, index, members)
     width, slot = m[N_HEADS] * m[HEAD_DIM], layers[layer, WO_SLOT]
     quantise_row(m[ATT], width, m[GROUP_0 + slot], act)
     begin, end = blocks_of(m[DIM]) * index // members, blocks_of(m[DIM]) * (index + 1) // members
     mm(slot, layers[layer, WO], m[DIM], width, begin, end, act, ONE, m[Y], NONE)
     add_rows(m[X], m[Y], begin, end)
-    barrier(m[BARRIER], members)
+    end_phase(m, T_WO, index, members)
 
 
 @njit(inline=True)
@@ -104,7 +103,7 @@ def feed_forward(mm, m, layers, layer, index, members):
         a, unit = item // units, item % units
         expert_unit(mm, m, layers, layer, get_i32(experts + 4 * a), unit, act, ONE, gate, up)
         unit_to_acts(gate, unit, hidden, group, m[H_ACTS] + a * h_bytes, ONE, NONE)
-    barrier(m[BARRIER], members)
+    end_phase(m, T_GATE_UP, index, members)
     begin, end = blocks_of(m[DIM]) * index // members, blocks_of(m[DIM]) * (index + 1) // members
     y_bytes = 4 * m[X_WIDTH]
     for a in range(active):
@@ -115,7 +114,7 @@ def feed_forward(mm, m, layers, layer, index, members):
         for a in range(active):
             total = fma(splat_f32(get_f32(weights + 4 * a)), load_f32(m[Y] + a * y_bytes + k), total)
         store_f32(m[X] + k, add(load_f32(m[X] + k), total))
-    barrier(m[BARRIER], members)
+    end_phase(m, T_DOWN, index, members)
 
 
 @njit(inline=True)
@@ -125,4 +124,4 @@ def head(mm, m, logits, index, members):
     norm_and_quantise(m, m[X], m[NORM], m[N_LAYERS], m[GROUP_0 + slot], row, act)
     count = blocks_of(m[VOCAB])
     mm(slot, m[OUTPUT], m[VOCAB], m[DIM], count * index // members, count * (index + 1) // members, act, ONE, logits, NONE)
-    barrier(m[BARRIER], members)
+    end_phase(m, T_HEAD, index, members)

@@ -9,7 +9,7 @@ import functools
 from ._jit import DISABLED, njit
 from .attention import attend
 from .decode import decode
-from .phases import matmul_by_slot
+from .phases import matmul_by_slot, start_clock
 from .prefill import head, prefill
 from .rows import cache_write
 from .simd import i64
@@ -30,6 +30,7 @@ def entry(slots, kv):
 
     @njit(entry=f"{slots} {kv}")
     def run(work, m, layers, a, b, c, d, e, index, members):
+        start_clock(m, index)
         if work == DECODE:
             decode(mm, attend_block, write, kv_size, m, layers, a, b, c, d, e, index, members)
         elif work == PREFILL:

@@ -5,6 +5,7 @@ the bits of a kernel are fixed by the order of its operations alone.
 """
 
 import math
+import time
 
 import numpy as np
 
@@ -230,7 +231,7 @@ def put_i64(b, p, x):
     store(b, x, p)
 
 
-@op(void, (i64, i64), lambda p, x: poke(p, np.array([x], np.int32)))
+@op(void, (i64, i64), lambda p, x: poke(p, np.array([x], np.int64).astype(np.int32)))
 def put_i32(b, p, x):
     store(b, b.trunc(x, scalar("i32")), p)
 
@@ -263,6 +264,12 @@ def atomic_get(b, p):
 @op(void, (i64, i64), lambda p, x: poke(p, np.array([x], np.int64)))
 def atomic_put(b, p, x):
     b.store_atomic(x, b.inttoptr(p, scalar("i64").as_pointer()), "seq_cst", 8)
+
+
+@op(i64, (), time.perf_counter_ns)
+def ticks(b):
+    """The processor's own clock."""
+    return call(b, "llvm.readcyclecounter", scalar("i64"))
 
 
 @op(void, (), lambda: None)

@@ -13,10 +13,11 @@ from ..formats import EXPERT_UNIT
 from ._jit import njit
 from .attention import STRIP
 from .matmul import absent, matmul
-from .ops import add, get_f32, get_i64, load_f32, put_f32, put_i64, store_f32
+from .ops import add, get_f32, get_i64, load_f32, put_f32, put_i64, store_f32, ticks
 from .router import choose
 from .rows import quantise_group, quantise_row, rms_norm, rope, swiglu
 from .tables import *  # noqa: F403  (the columns)
+from .team import barrier
 
 
 # Numba compiles a callee anew for each literal argument, so the common ones are typed
@@ -51,6 +52,22 @@ def blocks_of(rows):
 def scratch(m, column, index):
     """A member's own buffer."""
     return m[SCRATCH] + index * m[SCRATCH_BYTES] + m[column]
+
+
+@njit
+def start_clock(m, index):
+    if index == 0:
+        put_i64(m[CLOCKS], ticks())
+
+
+@njit
+def end_phase(m, phase, index, members):
+    """Wait for all members; member 0 adds the ticks since the last phase ended to this one's."""
+    barrier(m[BARRIER], members)
+    if index == 0:
+        now = ticks()
+        put_i64(m[CLOCKS] + 8 * phase, get_i64(m[CLOCKS] + 8 * phase) + now - get_i64(m[CLOCKS]))
+        put_i64(m[CLOCKS], now)
 
 
 @njit

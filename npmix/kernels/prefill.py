@@ -15,10 +15,9 @@ from ._jit import njit
 from .attention import BLOCK, TALLEST, clear, finish, merge
 from .matmul import act_bytes, n_tiles
 from .ops import add, atomic_add, fma, get_f32, get_i32, load_f32, put_i32, splat_f32, store_f32
-from .phases import NONE, add_rows, blocks_of, expert_unit, head_row, norm_and_check, norm_and_quantise, qkv_blocks, route, scratch, source_of, unit_to_acts
+from .phases import NONE, add_rows, blocks_of, end_phase, expert_unit, head_row, norm_and_check, norm_and_quantise, qkv_blocks, route, scratch, source_of, unit_to_acts
 from .rows import embed, put_in_tile, quantise_row
 from .tables import *  # noqa: F403  (the columns)
-from .team import barrier
 
 UNIT = 4  # row blocks a member takes at a time
 QUERY_ROWS = 64  # query rows (tokens x heads of one kv head) a member takes at a time
@@ -31,7 +30,7 @@ def prefill(mm, attend_block, write, kv_size, m, layers, tokens, position, layer
         for t in range(index, tokens, members):
             token, at = get_i32(m[TOKENS] + 4 * t), m[X] + 4 * m[X_WIDTH] * t
             embed(m[EMBEDDINGS], m[EMBEDDINGS_FORMAT], m[EMBEDDINGS_GROUP], token, m[DIM], at)
-        barrier(m[BARRIER], members)
+        end_phase(m, T_EMBED, index, members)
     project(mm, write, kv_size, m, layers, layer, tokens, position, skip, index, members)
     attention(attend_block, kv_size, m, layer, tokens, position, skip, index, members)
     attention_output(mm, m, layers, layer, tokens, skip, index, members)
@@ -44,14 +43,14 @@ def head(mm, m, first, tokens, logits, logits_bytes, index, members):
     """Final norm and output matrix for the chunk's tokens first..first + tokens."""
     slot = m[OUTPUT_SLOT]
     norm_tiles(m, m[NORM], m[N_LAYERS], m[GROUP_0 + slot], first, tokens, m[ACTS], index, members)
-    barrier(m[BARRIER], members)
+    end_phase(m, T_NORM, index, members)
     count = blocks_of(m[VOCAB])
     unit = atomic_add(m[COUNTERS] + COUNT_LOGITS, 1)
     while unit * UNIT < count:
         begin, end = unit * UNIT, min(unit * UNIT + UNIT, count)
         mm(slot, m[OUTPUT], m[VOCAB], m[DIM], begin, end, m[ACTS], tokens, logits, logits_bytes)
         unit = atomic_add(m[COUNTERS] + COUNT_LOGITS, 1)
-    barrier(m[BARRIER], members)
+    end_phase(m, T_HEAD, index, members)
 
 
 @njit
@@ -74,7 +73,7 @@ def project(mm, write, kv_size, m, layers, layer, tokens, position, skip, index,
     norm_tiles(m, weight, source, group, NONE, tokens, m[ACTS], index, members)
     if skip:
         norm_tiles(m, weight, source, group, skip, tokens - skip, few, index, members)
-    barrier(m[BARRIER], members)
+    end_phase(m, T_NORM, index, members)
     q_blocks, kv_blocks = m[Q_WIDTH] // 16, m[KV_WIDTH] // 16
     q_units, kv_units = (q_blocks + UNIT - 1) // UNIT, (kv_blocks + UNIT - 1) // UNIT
     qkv_bytes = 4 * (m[Q_WIDTH] + 2 * m[KV_WIDTH])
@@ -89,12 +88,12 @@ def project(mm, write, kv_size, m, layers, layer, tokens, position, skip, index,
             end = min(begin + UNIT, kv_blocks)
             qkv_blocks(mm, m, layers, layer, 1 + (unit - q_units) // kv_units, begin, end, m[ACTS], tokens, m[QKV], qkv_bytes)
         unit = atomic_add(m[COUNTERS] + COUNT_QKV, 1)
-    barrier(m[BARRIER], members)
+    end_phase(m, T_QKV, index, members)
     temp = scratch(m, S_SCORES, index)
     for t in range(index, tokens, members):
         for item in range(0 if t >= skip else m[N_HEADS], m[N_HEADS] + 2 * m[N_KV_HEADS]):
             head_row(m, kv_size, write, layer, item, m[QKV] + qkv_bytes * t, t, position + t, temp)
-    barrier(m[BARRIER], members)
+    end_phase(m, T_ROPE, index, members)
 
 
 @njit(inline=True)
@@ -129,7 +128,7 @@ def attention(attend_block, kv_size, m, layer, tokens, position, skip, index, me
             out = m[ATT] + 4 * (m[ATT_WIDTH] * (first + r // shared) + dim * (head * shared + r % shared))
             finish(running + r * part_bytes, dim, out)
         unit = atomic_add(m[COUNTERS] + COUNT_ATTENTION, 1)
-    barrier(m[BARRIER], members)
+    end_phase(m, T_ATTENTION, index, members)
 
 
 @njit(inline=True)
@@ -143,7 +142,7 @@ def attention_output(mm, m, layers, layer, tokens, skip, index, members):
         for t in range(start, end):
             quantise_row(m[ATT] + 4 * m[ATT_WIDTH] * (skip + t), width, group, act)
             put_in_tile(act, width, group, m[ACTS] + start * token_bytes, end - start, t - start)
-    barrier(m[BARRIER], members)
+    end_phase(m, T_NORM, index, members)
     blocks, x_bytes = blocks_of(m[DIM]), 4 * m[X_WIDTH]
     unit = atomic_add(m[COUNTERS] + COUNT_OUT, 1)
     while unit * UNIT < blocks:
@@ -152,7 +151,7 @@ def attention_output(mm, m, layers, layer, tokens, skip, index, members):
         for t in range(count):
             add_rows(m[X] + x_bytes * (skip + t), m[Y] + x_bytes * t, begin, end)
         unit = atomic_add(m[COUNTERS] + COUNT_OUT, 1)
-    barrier(m[BARRIER], members)
+    end_phase(m, T_WO, index, members)
 
 
 @njit(inline=True)
@@ -169,10 +168,10 @@ def choose_experts(mm, m, layers, layer, tokens, skip, index, members):
         choice = 4 * active * (t - skip)
         route(mm, m, layers, layer, row, scratch(m, S_LOGITS, index), m[CHOICE] + choice, m[CHOICE_WEIGHT] + choice)
         quantise_row(row, m[DIM], group, m[ROWS] + (t - skip) * token_bytes)
-    barrier(m[BARRIER], members)
+    end_phase(m, T_ROUTE, index, members)
     if index == 0:
         sort_by_expert(m, (tokens - skip) * active)
-    barrier(m[BARRIER], members)
+    end_phase(m, T_SORT, index, members)
     turn = 0
     for expert in range(m[N_EXPERTS]):
         begin, count = expert_places(m, expert)
@@ -185,7 +184,7 @@ def choose_experts(mm, m, layers, layer, tokens, skip, index, members):
                 for place in range(start, end):
                     token = get_i32(m[ORDER] + 4 * (begin + place))
                     put_in_tile(m[ROWS] + token * token_bytes, m[DIM], group, tile, end - start, place - start)
-    barrier(m[BARRIER], members)
+    end_phase(m, T_PACK, index, members)
 
 
 @njit(inline=True)
@@ -238,7 +237,7 @@ def experts(mm, m, layers, layer, tokens, skip, index, members):
                 for t in range(start, end):
                     unit_to_acts(gate + 4 * EXPERT_UNIT * t, unit, hidden, group, tile, end - start, t - start)
         item = atomic_add(m[COUNTERS] + COUNT_GATE, 1)
-    barrier(m[BARRIER], members)
+    end_phase(m, T_GATE_UP, index, members)
     blocks = blocks_of(m[DIM])
     units = (blocks + UNIT - 1) // UNIT
     item = atomic_add(m[COUNTERS] + COUNT_DOWN, 1)
@@ -249,7 +248,7 @@ def experts(mm, m, layers, layer, tokens, skip, index, members):
             w, h = layers[layer, EXPERTS + 3 * expert + 2], m[H_ACTS] + begin * h_bytes
             mm(down, w, m[DIM], hidden, first, min(first + UNIT, blocks), h, count, m[Y] + begin * x_bytes, x_bytes)
         item = atomic_add(m[COUNTERS] + COUNT_DOWN, 1)
-    barrier(m[BARRIER], members)
+    end_phase(m, T_DOWN, index, members)
     for t in range(index, tokens, members):
         x = m[X] + x_bytes * (skip + t)
         pair = 4 * m[N_ACTIVE] * t
@@ -259,4 +258,4 @@ def experts(mm, m, layers, layer, tokens, skip, index, members):
                 y = load_f32(m[Y] + x_bytes * get_i32(m[RANK] + pair + 4 * a) + k)
                 total = fma(splat_f32(get_f32(m[CHOICE_WEIGHT] + pair + 4 * a)), y, total)
             store_f32(x + k, add(load_f32(x + k), total))
-    barrier(m[BARRIER], members)
+    end_phase(m, T_SUM, index, members)

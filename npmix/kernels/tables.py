@@ -21,8 +21,8 @@ SLOTS = 4
     X, QKV, Q, ATT, ROWS, ACTS, H_ACTS, Y, PARTS,
     TOKENS, CHOICE, CHOICE_WEIGHT, ORDER, RANK, STARTS,
     SCRATCH, SCRATCH_BYTES, S_ROW, S_ACT, S_GATE, S_UP, S_LOGITS, S_CHOICE, S_SCORES, S_PARTS, S_RUNNING,
-    COUNTERS, BARRIER, STATUS,
-) = range(62)  # fmt: skip
+    COUNTERS, BARRIER, CLOCKS, STATUS,
+) = range(63)  # fmt: skip
 MACHINE_COLUMNS = STATUS + 1
 
 (
@@ -36,3 +36,9 @@ SATURATED = 8  # byte offset: whether a float16 cache write was saturated
 # COUNTERS: one cache line a phase of dynamic work
 COUNT_QKV, COUNT_ATTENTION, COUNT_OUT, COUNT_GATE, COUNT_DOWN, COUNT_LOGITS = (64 * i for i in range(6))
 COUNTERS_BYTES = 6 * 64
+
+# CLOCKS: int64 processor ticks that member 0 spent in each phase, the wait for the others included; cell 0: the last tick read
+PHASES = ("embed", "norm", "qkv", "rope", "attention", "merge", "wo", "route", "sort", "pack", "gate_up", "down", "sum", "head")
+(
+    T_EMBED, T_NORM, T_QKV, T_ROPE, T_ATTENTION, T_MERGE, T_WO, T_ROUTE, T_SORT, T_PACK, T_GATE_UP, T_DOWN, T_SUM, T_HEAD,
+) = range(1, 15)  # fmt: skip

@@ -82,6 +82,7 @@ class RunState:
         self._new(t.STARTS, (c.n_experts + 1,), np.int32)
         self._new(t.COUNTERS, (t.COUNTERS_BYTES,), np.uint8)
         self._new(t.BARRIER, (128,), np.uint8)
+        self._new(t.CLOCKS, (1 + len(t.PHASES),), np.int64)
         self._new(t.STATUS, (2,), np.int64)
 
     def _scratch(self, c: Config, weights: Weights, chunk: int, members: int) -> None:

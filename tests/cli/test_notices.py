@@ -3,7 +3,9 @@ import io
 import pytest
 
 from npmix.cli.interrupts import Interrupts
-from npmix.cli.notices import ProgressBar, duration, size
+from npmix.cli.notices import ProgressBar, compile_notice, duration, size
+from npmix.cli.output import figures
+from npmix.stream import Stats
 
 
 class Screen(io.StringIO):
@@ -70,6 +72,29 @@ def test_quiet_bar():
     bar.update(1, 1)
     bar.finish()
     assert screen.getvalue() == ""
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_compile_notice_is_one_line(quiet, capsys):
+    """However many kernels are compiled, one line says so; --quiet says nothing; the names are counted all the same."""
+    from npmix.kernels import _jit
+
+    with compile_notice(quiet) as names:
+        for listener in list(_jit._listeners):
+            listener("a")
+            listener("b")
+    assert names == ["a", "b"] and not _jit._listeners
+    assert capsys.readouterr().err == ("" if quiet else "npmix: compiling kernels (first run only) ...\n")
+
+
+def test_figures():
+    """One line: speeds of prompt and text, the wait, memory, and the seed only if it was drawn."""
+    stats = Stats(prompt_tokens=12, cached_tokens=2, prefill_s=0.5, decode_s=0.25, first_token_s=0.51, stop_reason="length", seed=7, ids=[1, 2])
+    assert figures(stats, True).startswith("prompt 10 tokens at 20.0 tok/s, text 2 tokens at 4.0 tok/s, first token 0.51 s, peak memory ")
+    assert figures(stats, True).endswith(", seed 7") and "seed" not in figures(stats, False)
+    one = Stats(prompt_tokens=1, prefill_s=0.5, first_token_s=0.5, ids=[5])
+    assert figures(one, True).startswith("prompt 1 token at 2.0 tok/s, text 1 token, first token 0.50 s")
+    assert "seed" not in figures(one, True)
 
 
 def test_interrupts_only_set_a_flag():

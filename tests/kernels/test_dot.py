@@ -1,0 +1,106 @@
+"""The int8 dot: every form that this CPU can run gives the plain integers.
+
+One hard fact: the form is asked for when a kernel is compiled, so one process can compile all of them; `test_forms.py`
+compiles whole kernels for lesser CPUs in processes of their own.
+"""
+
+import numpy as np
+import pytest
+from kernel_tools import Memory, memory
+
+from npmix.kernels import cpu
+from npmix.kernels._jit import njit
+from npmix.kernels.dot import emit_dot4, emit_dot_start, emit_splat4
+from npmix.kernels.simd import const_i64, i64, load, op, scalar, store, vector, void
+
+COUNT = 2000
+EDGES = {8: [0, 1, 7, 8, 14, 15], 128: [0, 1, 15, 127, 128, 129, 254, 255]}
+
+
+def runnable(form):
+    """Whether this CPU has what a form needs."""
+    has = cpu.features()
+    return {
+        "plain": True,
+        "avx2": cpu.is_x86() and "avx2" in has,
+        "avxvnni": cpu.is_x86() and bool({"avxvnni"} <= has or {"avx512vnni", "avx512vl"} <= has),
+        "avx512vnni": cpu.is_x86() and {"avx512vnni", "avx512vl", "avx512bw"} <= has,
+        "neon": not cpu.is_x86() and "dotprod" in has,
+    }[form]
+
+
+FORMS = [form for form in cpu.FORMS if runnable(form)]
+
+
+def dots(form, zero, monkeypatch):
+    """A compiled loop: 16 accumulators start from a group's sum, then take four vectors of codes, each against four inputs."""
+    monkeypatch.setattr(cpu, "form", lambda: form)
+
+    def emit(builder, total, acc, codes, inputs, out):
+        value = emit_dot_start(builder, load(builder, total, scalar("i32")), zero)
+        value = builder.add(value, load(builder, acc, vector("i32", 16)))
+        for i in range(4):
+            line = load(builder, builder.add(codes, const_i64(64 * i)), vector("i8", 64))
+            value = emit_dot4(builder, value, line, emit_splat4(builder, builder.add(inputs, const_i64(4 * i))), zero)
+        store(builder, value, out)
+
+    one = op(void, (i64,) * 5, None)(emit)
+
+    @njit
+    def run(count, total, acc, codes, inputs, out):
+        for i in range(count):
+            one(total + 4 * i, acc + 64 * i, codes + 256 * i, inputs + 16 * i, out + 64 * i)
+
+    run.compile("void(int64, int64, int64, int64, int64, int64)")  # while the form is patched
+    return run
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("zero", [8, 128])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_plain_integers(form, zero, monkeypatch):
+    """acc + sum of (code - zero) * input over 16 inputs, for random and edge codes and inputs, in each lane, exactly."""
+    rng = np.random.default_rng(zero)
+    codes = rng.integers(0, 2 * zero, (COUNT, 4, 16, 4)).astype(np.uint8)
+    codes[: COUNT // 2] = rng.choice(EDGES[zero], (COUNT // 2, 4, 16, 4))
+    x = rng.integers(-127, 128, (COUNT, 4, 4)).astype(np.int8)
+    x[::2] = rng.choice([-127, 0, 127], (COUNT // 2, 4, 4))
+    codes[0], x[0] = 0, 127
+    codes[1], x[1] = 0, -127
+    codes[2], x[2] = 2 * zero - 1, 127
+    codes[3], x[3] = 2 * zero - 1, -127
+    acc = rng.integers(-(2**24), 2**24, (COUNT, 16)).astype(np.int32)
+    total = x.astype(np.int32).sum((1, 2), dtype=np.int32)
+    places = [memory(a) for a in (total, acc, codes, x)]
+    out = Memory((COUNT, 16), np.int32)
+    dots(form, zero, monkeypatch)(COUNT, *(place.at for place in places), out.at)
+    exact = acc + np.einsum("nirj,nij->nr", codes.astype(np.int64) - zero, x.astype(np.int64))
+    assert (out.array == exact).all() and out.intact()
+
+
+def test_the_form_follows_the_features(monkeypatch):
+    """The best form whose instructions Numba compiles for; NPMIX_FORM names one outright, and an unknown name is refused."""
+    monkeypatch.delenv("NPMIX_FORM", raising=False)
+    ask = cpu.form.__wrapped__
+    vnni = {"avx512vnni", "avx512bw", "avx512vl", "avx512f"}
+    base = {"avx2", "fma", "f16c"}
+    monkeypatch.setattr(cpu.platform, "machine", lambda: "x86_64")
+    for has, expected in (
+        (vnni | base, "avx512vnni"),
+        (vnni - {"avx512vl"} | base, "avx2"),
+        (base | {"avxvnni"}, "avxvnni"),
+        (base, "avx2"),
+        (base - {"f16c"}, "plain"),
+        (set(), "plain"),
+    ):
+        monkeypatch.setattr(cpu, "features", lambda has=has: frozenset(has))
+        assert ask() == expected
+    monkeypatch.setattr(cpu.platform, "machine", lambda: "aarch64")
+    for has, expected in (({"dotprod"}, "neon"), (set(), "plain")):
+        monkeypatch.setattr(cpu, "features", lambda has=has: frozenset(has))
+        assert ask() == expected
+    monkeypatch.setenv("NPMIX_FORM", "avx2")
+    assert ask() == "avx2"
+    monkeypatch.setenv("NPMIX_FORM", "sse9")
+    with pytest.raises(ValueError, match="sse9.*plain"):
+        ask()

@@ -1,0 +1,186 @@
+"""The tiles: the summation law of packed and dense products, compiled against the twin and against the law in plain words."""
+
+import numpy as np
+import pytest
+from kernel_tools import Memory, address, memory, same_bits, ulps
+
+from npmix.formats import GROUPS, PACKED
+from npmix.kernels._jit import DISABLED, njit
+from npmix.kernels.simd import twin_bf16, twin_fma
+from npmix.kernels.tile import HEIGHT, dense_tile, packed_tile
+from npmix.quant.pack import pack
+
+F = np.float32
+SHAPES = [(1, 1), *((2, h) for h in range(1, HEIGHT + 1))]  # decode's and those of a pair of row blocks
+
+
+def compiled(tile, count):
+    """A tile as a function that Python can call."""
+    if count == 7:
+        return njit(lambda a, b, c, d, e, f, g: tile(a, b, c, d, e, f, g))
+    return njit(lambda a, b, c, d, e, f, g, h: tile(a, b, c, d, e, f, g, h))
+
+
+def twin(tile):
+    return tile if DISABLED else tile.twin
+
+
+def packed_case(name, group, blocks, n_groups, tokens, seed):
+    """Random and edge codes and scales of 16 * blocks rows; the activations of each token: codes, scales, sums."""
+    rng = np.random.default_rng(seed)
+    rows, cols, top = 16 * blocks, n_groups * group, 1 << PACKED[name].bits
+    codes = rng.integers(0 if name == "q4" else 1, top, (rows, cols), dtype=np.uint8)
+    codes[0], codes[1, ::2], codes[2] = top - 1, 1, 0 if name == "q4" else 1
+    scales = (rng.standard_normal((rows, n_groups)) * 10.0 ** rng.integers(-5, 2, (rows, n_groups))).astype(np.float16)
+    scales[3], scales[4], scales[5] = 0, 6e-8, -65504
+    x = rng.integers(-127, 128, (tokens, cols), dtype=np.int8)
+    x[0] = np.where(np.arange(cols) % 3, 127, -127)
+    x_scale = (np.abs(rng.standard_normal((tokens, n_groups))) * 0.01).astype(F)
+    return codes, scales, x, x_scale
+
+
+def acts_of(x, x_scale, group):
+    """A tile of tokens as `tile.py` lays it out: codes [cols / 4][h][4], scales [groups][h], sums [groups][h]."""
+    h, cols = x.shape
+    codes = np.ascontiguousarray(x.reshape(h, -1, 4).transpose(1, 0, 2)).view(np.uint8).ravel()
+    sums = x.astype(np.int32).reshape(h, -1, group).sum(2, dtype=np.int32)
+    return np.concatenate([codes, np.ascontiguousarray(x_scale.T).view(np.uint8).ravel(), np.ascontiguousarray(sums.T).view(np.uint8).ravel()])
+
+
+def packed_law(codes, scales, zero, group, x, x_scale):
+    """y = fma(exact integer of the group, w_scale * x_scale, y), groups in order."""
+    y = np.zeros((len(x), len(codes)), F)
+    for g in range(scales.shape[1]):
+        at = slice(g * group, (g + 1) * group)
+        exact = x[:, at].astype(np.int64) @ (codes[:, at].astype(np.int64) - zero).T
+        y = twin_fma(exact.astype(F), scales[None, :, g].astype(F) * x_scale[:, g, None], y)
+    return y
+
+
+def run_packed(function, packed, blocks, block_bytes, n_groups, acts, tokens, next_block=64):
+    """Results (tokens, 16 * blocks) with rows of results 32 bytes apart from each other, the gaps untouched."""
+    width = 16 * blocks + 8
+    out = Memory((tokens, width), F, fill=-7)
+    function(address(packed), block_bytes, n_groups, address(acts), out.at, 4 * width, next_block)
+    assert out.intact() and (out.array[:, 16 * blocks :] == -7).all()
+    return out.array[:, : 16 * blocks]
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_tile_obeys_the_law(name, group):
+    """Every height, one row block or two: the compiled tile, its twin and the law in plain words agree within 2 units of
+    the last place, and any two heights give a token equal bits. Codes and inputs cover the edges; scales are of any size and sign."""
+    n_groups = 4
+    codes, scales, x, x_scale = packed_case(name, group, 2, n_groups, HEIGHT, 10 * group + PACKED[name].bits)
+    packed = pack(codes, scales, name, group)
+    half = packed.size // 2
+    law = packed_law(codes, scales, PACKED[name].zero, group, x, x_scale)
+    whole = None
+    for blocks, height in reversed(SHAPES):
+        tile = packed_tile(name, group, blocks, height)
+        for first in range(0, HEIGHT + 1 - height, height):
+            tokens = slice(first, first + height)
+            acts = acts_of(x[tokens], x_scale[tokens], group)
+            got = run_packed(compiled(tile, 7) if first == 0 else run, packed, blocks, half, n_groups, acts, height)
+            run = compiled(tile, 7) if first == 0 else run
+            assert ulps(got, law[tokens, : 16 * blocks]) <= 2
+            if first == 0:
+                assert ulps(got, run_packed(twin(tile), packed, blocks, half, n_groups, acts, height)) <= 2
+            whole = got if whole is None else whole
+            assert same_bits(got, whole[tokens, : 16 * blocks])
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_one_block_done_twice(name):
+    """With both distances 0 a pair is one row block done twice, written to the same place, with the same bits."""
+    codes, scales, x, x_scale = packed_case(name, 32, 2, 2, 3, 5)
+    packed, acts = pack(codes, scales, name, 32), acts_of(x, x_scale, 32)
+    run = compiled(packed_tile(name, 32, 2, 3), 7)
+    both = run_packed(run, packed, 2, packed.size // 2, 2, acts, 3)
+    out = Memory((3, 16), F)
+    run(address(packed), 0, 2, address(acts), out.at, 64, 0)
+    assert out.intact() and same_bits(out.array, both[:, :16])
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("name", PACKED)
+def test_integers_are_exact_at_the_edges(name, group):
+    """A group at its largest magnitude: all codes and inputs at their ends, scales 1; the sum is the exact integer."""
+    spec = PACKED[name]
+    ends = [0 if name == "q4" else 1, spec.zero, (1 << spec.bits) - 1]
+    codes = np.repeat(np.resize(np.array(ends, np.uint8), (16, 1)), 2 * group, axis=1)
+    x = np.repeat(np.array([[127], [-127]], np.int8), 2 * group, axis=1)
+    packed = pack(codes, np.ones((16, 2), np.float16), name, group)
+    got = np.zeros((2, 16), F)
+    run = compiled(packed_tile(name, group, 1, 1), 7)
+    for t in range(2):
+        got[t] = run_packed(run, packed, 1, 0, 2, acts_of(x[t : t + 1], np.ones((1, 2), F), group), 1)
+    assert (got == (codes[:, 0].astype(np.int64) - spec.zero)[None] * x[:, :1].astype(np.int64) * 2 * group).all()
+
+
+# ---- dense -------------------------------------------------------------------------------------
+
+SIZES = {"f32": 4, "f16": 2, "bf16": 2}
+
+
+def dense_case(name, rows, cols, tokens, seed):
+    """Random weights in the format, as bytes and as the float32 they mean; activations padded with zeros to 16."""
+    rng = np.random.default_rng(seed)
+    w = (rng.standard_normal((rows, cols)) * 10.0 ** rng.integers(-3, 3, (rows, 1))).astype(F)
+    if name == "bf16":
+        raw = (w.view(np.uint32) >> 16).astype(np.uint16)
+        w = twin_bf16(raw)
+    else:
+        raw = w.astype(np.float16 if name == "f16" else F)
+        w = raw.astype(F)
+    x = np.zeros((tokens, -(-cols // 16) * 16), F)
+    x[:, :cols] = rng.standard_normal((tokens, cols))
+    return raw, w, x
+
+
+def dense_law(w, x):
+    """16 lanes, k ascending by fma, the last cols % 16 inputs in the top lanes; then lanes added by halves."""
+    cols = w.shape[1]
+    y = np.zeros((len(x), len(w), 16), F)
+    for k in range(cols // 16 * 16):
+        y[:, :, k % 16] = twin_fma(x[:, None, k], w[None, :, k], y[:, :, k % 16])
+    tail = cols % 16
+    for i in range(tail):
+        k = cols - tail + i
+        y[:, :, 16 - tail + i] = twin_fma(x[:, None, k], w[None, :, k], y[:, :, 16 - tail + i])
+    for half in (8, 4, 2, 1):
+        y = y[..., :half] + y[..., half : 2 * half]
+    return y[..., 0]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_dense_tile_obeys_the_law(name):
+    """Every height, any number of inputs from 16 on: compiled tile, twin and law within 2 units of the last place, heights bit for bit
+    equal, nothing written beside the results."""
+    tiles = {h: dense_tile(name, 4, h) for h in range(1, HEIGHT + 1)}
+    runs = {h: compiled(tile, 8) for h, tile in tiles.items()}
+    for cols in (16, 17, 31, 64, 100):
+        raw, w, x = dense_case(name, 4, cols, HEIGHT, cols)
+        given, acts, law = memory(raw), memory(x), dense_law(w, x)
+        whole = None
+        for h in range(HEIGHT, 0, -1):
+            for function in (runs[h], twin(tiles[h])):
+                out = Memory((h, 6), F, fill=-7)
+                function(given.at, cols * SIZES[name], cols, acts.at, x.strides[0], out.at, 24, 4)
+                assert out.intact() and (out.array[:, 4:] == -7).all()
+                assert ulps(out.array[:, :4], law[:h]) <= 2
+                whole = out.array[:, :4].copy() if whole is None else whole
+                assert same_bits(out.array[:, :4], whole[:h]) or function is not runs[h]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_one_row_done_four_times(name):
+    """With both distances 0 a tile is one row done over, bit for bit what it is among four."""
+    raw, _, x = dense_case(name, 4, 45, 2, 1)
+    given, acts, run = memory(raw), memory(x), compiled(dense_tile(name, 4, 2), 8)
+    four, one = Memory((2, 4), F), Memory((2, 1), F)
+    run(given.at, 45 * SIZES[name], 45, acts.at, x.strides[0], four.at, 16, 4)
+    for r in range(4):
+        run(given.at + r * 45 * SIZES[name], 0, 45, acts.at, x.strides[0], one.at, 4, 0)
+        assert same_bits(one.array[:, 0], four.array[:, r]) and one.intact()
