@@ -19,6 +19,7 @@ from .threads import default_threads
 DEFAULT_CONTEXT = 4096
 DEFAULT_CHUNK = 512
 MAX_THREADS = 1024
+MAX_CHUNK = 1 << 16
 
 
 class Engine:
@@ -33,11 +34,11 @@ class Engine:
         self.source = open_source(path)
         try:
             self.config: Config = self.source.config
-            self.threads = _whole("threads", threads or default_threads(), MAX_THREADS)
             largest = self.config.max_positions
-            self.context = _whole("context", context or min(largest, DEFAULT_CONTEXT), largest, "the model's maximum")
-            self.chunk = _whole("chunk", min(chunk or DEFAULT_CHUNK, self.context), 1 << 16)
-            if kv not in DTYPES:
+            self.threads = default_threads() if threads is None else _whole("threads", threads, MAX_THREADS)
+            self.context = min(largest, DEFAULT_CONTEXT) if context is None else _whole("context", context, largest, "the model's maximum")
+            self.chunk = min(DEFAULT_CHUNK if chunk is None else _whole("chunk", chunk, MAX_CHUNK), self.context)
+            if not isinstance(kv, str) or kv not in DTYPES:
                 raise InputError(f"kv is {kv!r}, expected one of {', '.join(DTYPES)}")
             self.kv = kv
             self._forward = Forward(Weights(self.source), self.context, self.chunk, kv, self.threads)
@@ -73,6 +74,7 @@ class Engine:
             piece = ids[at : at + self.chunk]
             last = at + len(piece) == len(ids)
             report = _reporter(on_progress, at, len(piece), len(ids), self.config.n_layers)
+            self._written = max(self._written, start + at + len(piece))
             row = self._forward.prefill(piece, start + at, "last" if last else "none", report)
             self.position = start + at + len(piece)
         return row[0].copy()
@@ -81,6 +83,7 @@ class Engine:
         """Append one token; float32 logits (V,)."""
         ids = self._checked([token])
         self._room(1)
+        self._written = max(self._written, self.position + 1)
         row = self._forward.decode(int(ids[0]), self.position)
         self.position += 1
         return row
@@ -88,8 +91,8 @@ class Engine:
     def logits(self, ids) -> np.ndarray:
         """Float32 logits (T, V) of a whole sequence, from an empty cache; the cache is empty afterwards."""
         ids = self._checked(ids)
-        self.position = 0
-        self._room(len(ids))
+        self._room(len(ids), 0)
+        self.position = self._written = 0
         rows = np.empty((len(ids), self.config.vocab_size), np.float32)
         for at in range(0, len(ids), self.chunk):
             piece = ids[at : at + self.chunk]
@@ -98,33 +101,41 @@ class Engine:
 
     def reset(self, position: int = 0) -> None:
         """Keep the first `position` tokens and forget the rest; a sliding window that has moved on can only be emptied."""
-        if not 0 <= position <= self.position:
+        self._usable()
+        if type(position) is not int or not 0 <= position <= self.position:
             raise InputError(f"cannot go back to position {position!r}, the sequence has {self.position}")
-        if self.position > self._forward.cache.capacity and 0 < position < self.position:
+        if self._written > self._forward.cache.capacity and 0 < position < self.position:
             raise InputError(f"the sliding window has left position {position} behind; reset to 0 and prefill again")
         self.position = position
+        self._written = self._written if position else 0
 
     @property
     def saturated(self) -> bool:
         """Whether a key or value was too large for the float16 cache and was cut to 65,504 (kv="f32" avoids it)."""
+        self._usable()
         return self._forward.saturated
 
     def memory(self) -> dict[str, int]:
         """Bytes: KV cache, scratch buffers (both anonymous), and mapped weights."""
+        self._usable()
         return {"kv_cache": self._forward.cache.nbytes, "scratch": self._forward.state.nbytes, "weights": self._weight_bytes()}
 
     def bytes_per_token(self) -> int:
         """Bytes of weights that one decoded token reads."""
+        self._usable()
         return self._forward.weights.bytes_per_token()
 
     def _weight_bytes(self) -> int:
         return sum(self.source.tensor(name).nbytes for name in self.config.tensor_shapes())
 
-    def _checked(self, ids) -> np.ndarray:
+    def _usable(self) -> None:
         if self._closed:
             raise EngineError("the model is closed; load it again")
         if os.getpid() != self._pid:
             raise EngineError("the model was loaded before this process was forked; load it in the child")
+
+    def _checked(self, ids) -> np.ndarray:
+        self._usable()
         try:
             given = np.asarray(ids)
             if given.dtype.kind not in "iu" and given.size:
@@ -139,10 +150,11 @@ class Engine:
             raise InputError(f"token id {outside[0]} is outside the vocabulary of {self.config.vocab_size}")
         return array.astype(np.int32)
 
-    def _room(self, count: int) -> None:
-        if self.position + count > self.context:
+    def _room(self, count: int, position: int | None = None) -> None:
+        position = self.position if position is None else position
+        if position + count > self.context:
             raise ContextError(
-                f"{count} tokens do not fit: {self.position} of {self.context} positions are taken; "
+                f"{count} tokens do not fit: {position} of {self.context} positions are taken; "
                 f"use a shorter prompt or a larger --context (the model's maximum is {self.config.max_positions})"
             )
 

@@ -8,6 +8,10 @@ import os
 from pathlib import Path
 
 
+CGROUP = Path("/sys/fs/cgroup")
+CPUS = Path("/sys/devices/system/cpu")
+
+
 def default_threads() -> int:
     """Physical cores in the affinity mask, at most the cgroup's CPU quota, at least 1."""
     try:
@@ -20,7 +24,7 @@ def default_threads() -> int:
 
 def _core(cpu: int) -> str:
     try:
-        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
+        return (CPUS / f"cpu{cpu}/topology/thread_siblings_list").read_text().strip()
     except OSError:
         return str(cpu)
 
@@ -29,9 +33,9 @@ def _quota() -> int:
     """CPUs of the cgroup's quota, rounded up; without one a number no machine reaches."""
     for quota, period in (("cpu.max", None), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
         try:
-            words = Path("/sys/fs/cgroup", quota).read_text().split()
+            words = (CGROUP / quota).read_text().split()
             if period:
-                words.append(Path("/sys/fs/cgroup", period).read_text().strip())
+                words.append((CGROUP / period).read_text().strip())
             if int(words[0]) > 0:
                 return max(1, -(-int(words[0]) // int(words[1])))
         except (OSError, ValueError, IndexError, ZeroDivisionError):

@@ -115,11 +115,15 @@ class _DiskCache(_Cache):
         if file is None:
             return
         payload = dumps(data._reduce())
+        temporary = None
         try:
             with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as out:
+                temporary = out.name
                 out.write(hashlib.sha256(payload).digest() + payload)
-            os.replace(out.name, file)  # two processes may compile at once: the last whole file stays
+            os.replace(temporary, file)  # two processes may compile at once: the last whole file stays
         except OSError as error:
+            if temporary:
+                Path(temporary).unlink(missing_ok=True)
             if not _unwritable_warned.is_set():
                 _unwritable_warned.set()
                 warnings.warn(f"a compiled kernel was not kept: {error}", stacklevel=2)

@@ -20,11 +20,12 @@ from numpy import float32 as F
 
 from ._jit import njit
 from .ops import add, exp2, first, fma, fma1, get_f32, keep_lanes, load_f32, max_f32, maximum, mul, put_f32, splat_f32, store_f32, sub, sum_f32
-from .simd import const_i64, const_vector, emit_fma, emit_load_f16, i64, load, op, peek, poke, scalar, splat, store, twin_fma, vector, void
+from .simd import const_i64, const_vector, emit_fma, emit_load_f16, i64, load, op, peek, poke, prefetch, scalar, splat, store, twin_fma, vector, void
 
 BLOCK = 256  # positions of a block: its merge costs one part in 128 of its work at head_dim 128
 STRIP = 64  # positions that lie side by side in the keys
 TALLEST = 6  # query rows of the tallest tile: 6 x 4 accumulators of 32 registers
+FETCHING = 4  # rows from which a tile also fetches what comes next: with fewer, memory is the limit already (Zen 4: 33 GB/s fell to 24)
 
 _LOAD = {
     "f16": (2, emit_load_f16, np.float16),
@@ -34,15 +35,20 @@ _LOAD = {
 
 @functools.lru_cache(maxsize=None)
 def score_tile(kv, rows):
-    """op(q, q_bytes, keys, dim, out, out_bytes): scores of `rows` queries against one strip of 64 positions."""
+    """op(q, q_bytes, keys, dim, out, out_bytes, ahead): scores of `rows` queries against one strip of 64 positions.
+
+    ahead: what to fetch meanwhile, as many bytes as the strip has.
+    """
     size, emit_load, dtype = _LOAD[kv]
 
-    def emit(builder, q, q_bytes, keys, dim, out, out_bytes):
+    def emit(builder, q, q_bytes, keys, dim, out, out_bytes, ahead):
         zero = const_vector("f32", 16, 0.0)
         cells = {(r, p): cgutils.alloca_once_value(builder, zero) for r in range(rows) for p in range(4)}
         q_rows = [builder.add(q, builder.mul(q_bytes, const_i64(r))) for r in range(rows)]
         with cgutils.for_range(builder, dim, intp=scalar("i64")) as loop:
             at = builder.add(keys, builder.mul(loop.index, const_i64(STRIP * size)))
+            for line in range(0, STRIP * size, 64) if rows >= FETCHING else ():
+                prefetch(builder, builder.add(ahead, builder.add(builder.mul(loop.index, const_i64(STRIP * size)), const_i64(line))))
             k = [emit_load(builder, builder.add(at, const_i64(16 * size * p))) for p in range(4)]
             for r in range(rows):
                 x = load(builder, builder.add(q_rows[r], builder.mul(loop.index, const_i64(4))), scalar("f32"))
@@ -52,7 +58,7 @@ def score_tile(kv, rows):
         for (r, p), cell in cells.items():
             store(builder, builder.load(cell), builder.add(builder.add(out, builder.mul(out_bytes, const_i64(r))), const_i64(64 * p)))
 
-    def twin(q, q_bytes, keys, dim, out, out_bytes):
+    def twin(q, q_bytes, keys, dim, out, out_bytes, ahead):
         k = peek(keys, dtype, dim * STRIP).reshape(dim, STRIP).astype(np.float32)
         x = np.stack([peek(q + r * q_bytes, np.float32, dim) for r in range(rows)])
         y = np.zeros((rows, STRIP), np.float32)
@@ -61,20 +67,25 @@ def score_tile(kv, rows):
         for r in range(rows):
             poke(out + r * out_bytes, y[r])
 
-    return op(void, (i64,) * 6, twin)(emit)
+    return op(void, (i64,) * 7, twin)(emit)
 
 
 @functools.lru_cache(maxsize=None)
 def value_tile(kv, rows, vectors):
-    """op(p, p_bytes, values, width, begin, end, out, out_bytes): weighted sums of values begin..end, 16 * vectors lanes."""
+    """op(p, p_bytes, values, width, begin, end, out, out_bytes, ahead): weighted sums of values begin..end, 16 * vectors lanes.
+
+    ahead: what to fetch meanwhile, laid out like the values.
+    """
     size, emit_load, dtype = _LOAD[kv]
 
-    def emit(builder, p, p_bytes, values, width, begin, end, out, out_bytes):
+    def emit(builder, p, p_bytes, values, width, begin, end, out, out_bytes, ahead):
         zero = const_vector("f32", 16, 0.0)
         cells = {(r, v): cgutils.alloca_once_value(builder, zero) for r in range(rows) for v in range(vectors)}
         p_rows = [builder.add(p, builder.mul(p_bytes, const_i64(r))) for r in range(rows)]
         with cgutils.for_range(builder, end, start=begin, intp=scalar("i64")) as loop:
             at = builder.add(values, builder.mul(loop.index, builder.mul(width, const_i64(size))))
+            for line in range(0, 16 * size * vectors, 64) if rows >= FETCHING else ():
+                prefetch(builder, builder.add(ahead, builder.add(builder.mul(loop.index, builder.mul(width, const_i64(size))), const_i64(line))))
             row = [emit_load(builder, builder.add(at, const_i64(16 * size * v))) for v in range(vectors)]
             for r in range(rows):
                 x = load(builder, builder.add(p_rows[r], builder.mul(loop.index, const_i64(4))), scalar("f32"))
@@ -84,7 +95,7 @@ def value_tile(kv, rows, vectors):
         for (r, v), cell in cells.items():
             store(builder, builder.load(cell), builder.add(builder.add(out, builder.mul(out_bytes, const_i64(r))), const_i64(64 * v)))
 
-    def twin(p, p_bytes, values, width, begin, end, out, out_bytes):
+    def twin(p, p_bytes, values, width, begin, end, out, out_bytes, ahead):
         y = np.zeros((rows, 16 * vectors), np.float32)
         for s in range(begin, end):
             row = peek(values + s * width * size, dtype, 16 * vectors).astype(np.float32)
@@ -93,7 +104,7 @@ def value_tile(kv, rows, vectors):
         for r in range(rows):
             poke(out + r * out_bytes, y[r])
 
-    return op(void, (i64,) * 8, twin)(emit)
+    return op(void, (i64,) * 9, twin)(emit)
 
 
 @njit
@@ -166,25 +177,25 @@ def attend(kv):
     size = _LOAD[kv][0]
 
     @njit
-    def scores_of(rows, q, q_bytes, keys, dim, out):
+    def scores_of(rows, q, q_bytes, keys, dim, out, ahead):
         r = 0
         while r < rows:
             at, to = q + r * q_bytes, out + 4 * BLOCK * r
             if rows - r >= 6:
-                s6(at, q_bytes, keys, dim, to, 4 * BLOCK)
+                s6(at, q_bytes, keys, dim, to, 4 * BLOCK, ahead)
                 r += 6
             elif rows - r >= 4:
-                s4(at, q_bytes, keys, dim, to, 4 * BLOCK)
+                s4(at, q_bytes, keys, dim, to, 4 * BLOCK, ahead)
                 r += 4
             elif rows - r >= 2:
-                s2(at, q_bytes, keys, dim, to, 4 * BLOCK)
+                s2(at, q_bytes, keys, dim, to, 4 * BLOCK, ahead)
                 r += 2
             else:
-                s1(at, q_bytes, keys, dim, to, 4 * BLOCK)
+                s1(at, q_bytes, keys, dim, to, 4 * BLOCK, ahead)
                 r += 1
 
     @njit
-    def values_of(rows, p, values, width, begin, end, out, out_bytes):
+    def values_of(rows, p, values, width, begin, end, out, out_bytes, ahead):
         r = 0
         while r < rows:
             n = 6 if rows - r >= 6 else 4 if rows - r >= 4 else 2 if rows - r >= 2 else 1
@@ -192,16 +203,17 @@ def attend(kv):
             for lane in range(0, width - 63, 64):
                 v = values + lane * size
                 if n == 6:
-                    v6(at, 4 * BLOCK, v, width, begin, end, to + 4 * lane, out_bytes)
+                    v6(at, 4 * BLOCK, v, width, begin, end, to + 4 * lane, out_bytes, ahead + lane * size)
                 elif n == 4:
-                    v4(at, 4 * BLOCK, v, width, begin, end, to + 4 * lane, out_bytes)
+                    v4(at, 4 * BLOCK, v, width, begin, end, to + 4 * lane, out_bytes, ahead + lane * size)
                 elif n == 2:
-                    v2(at, 4 * BLOCK, v, width, begin, end, to + 4 * lane, out_bytes)
+                    v2(at, 4 * BLOCK, v, width, begin, end, to + 4 * lane, out_bytes, ahead + lane * size)
                 else:
-                    v1(at, 4 * BLOCK, v, width, begin, end, to + 4 * lane, out_bytes)
+                    v1(at, 4 * BLOCK, v, width, begin, end, to + 4 * lane, out_bytes, ahead + lane * size)
             for lane in range(width // 64 * 64, width, 16):  # head_dim is a multiple of 64 in all published models
                 for i in range(n):
-                    tail(at + 4 * BLOCK * i, 4 * BLOCK, values + lane * size, width, begin, end, to + i * out_bytes + 4 * lane, out_bytes)
+                    v, to_lane = values + lane * size, to + i * out_bytes + 4 * lane
+                    tail(at + 4 * BLOCK * i, 4 * BLOCK, v, width, begin, end, to_lane, out_bytes, v)
             r += n
 
     @njit
@@ -209,14 +221,16 @@ def attend(kv):
         last = position + (offset + rows - 1) // heads
         begin = max(0, position + offset // heads - window + 1 - start) // STRIP * STRIP
         end = min(BLOCK, (last + 1 - start + STRIP - 1) // STRIP * STRIP)
-        slot = start % capacity
-        for s in range(begin, end, STRIP):
-            scores_of(rows, q, q_bytes, keys + (slot + s) * dim * size, dim, scores + 4 * s)
+        slot, following = start % capacity, (start + BLOCK) % capacity
+        keys_bytes, values_bytes = dim * size, width * size  # of one position
+        for s in range(begin, end, STRIP):  # memory's next 64 KiB are on their way while these are worked on
+            ahead = values + (slot + s) * values_bytes
+            scores_of(rows, q, q_bytes, keys + (slot + s) * keys_bytes, dim, scores + 4 * s, ahead)
         for r in range(rows):
             own = position + (offset + r) // heads - start
             part = parts + r * 4 * (16 + width)
             softmax_row(scores + 4 * BLOCK * r, begin, end, own - window + 1, own + 1, part)
-        end = min(BLOCK, last + 1 - start)  # no further: weight 0 times what an earlier, not finite sequence left there is NaN
-        values_of(rows, scores, values + slot * width * size, width, begin, end, parts + 64, 4 * (16 + width))
+        at = values + slot * values_bytes
+        values_of(rows, scores, at, width, begin, end, parts + 64, 4 * (16 + width), keys + following * keys_bytes)
 
     return attend_block

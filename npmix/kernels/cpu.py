@@ -12,6 +12,8 @@ import sys
 import llvmlite.binding as llvm
 from numba.core import config
 
+from ..errors import ConfigError
+
 FORMS = ("avx512vnni", "avxvnni", "avx2", "neon", "plain")
 
 
@@ -39,13 +41,26 @@ def is_windows() -> bool:
     return sys.platform == "win32"
 
 
-@functools.lru_cache(maxsize=None)
+_wrong: set[str] = set()
+
+
+def distrust(name: str) -> None:
+    """Never choose this form again in this process: it gave wrong results."""
+    _wrong.add(name)
+
+
 def form() -> str:
-    """The best form whose instructions the target has."""
+    """The best form whose instructions the target has, or the one NPMIX_FORM names; "plain" in place of a wrong one."""
+    best = _best_form()
+    return "plain" if best in _wrong else best
+
+
+@functools.lru_cache(maxsize=None)
+def _best_form() -> str:
     forced = os.environ.get("NPMIX_FORM")
     if forced:
         if forced not in FORMS:
-            raise ValueError(f"NPMIX_FORM is {forced!r}, expected one of {', '.join(FORMS)}")
+            raise ConfigError(f"NPMIX_FORM is {forced!r}, expected one of {', '.join(FORMS)}")
         return forced
     has = features()
     if is_x86():

@@ -11,6 +11,7 @@ from .attention import attend
 from .decode import decode
 from .phases import matmul_by_slot, start_clock
 from .prefill import head, prefill
+from .proof import prove
 from .rows import cache_write
 from .simd import i64
 
@@ -44,4 +45,5 @@ def entry(slots, kv):
 def load(run) -> None:
     """Compile an entry, or load it from the disk cache, before its first call."""
     if not DISABLED:
+        prove()
         run.compile((i64, i64[::1], i64[:, ::1]) + (i64,) * 7)

@@ -84,6 +84,7 @@ def op(ret, args, twin):
             6: lambda typingctx, a, b, c, d, e, f: (signature, codegen),
             7: lambda typingctx, a, b, c, d, e, f, g: (signature, codegen),
             8: lambda typingctx, a, b, c, d, e, f, g, h: (signature, codegen),
+            9: lambda typingctx, a, b, c, d, e, f, g, h, i: (signature, codegen),
         }
         made = intrinsic(shapes[len(args)])
         made.twin = twin  # tests hold one to the other
@@ -134,6 +135,14 @@ def call(builder, name, ret, *values):
     """Call an LLVM intrinsic or an external C function by name."""
     kind = ir.FunctionType(ret, [v.type for v in values])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values)
+
+
+def prefetch(builder, address):
+    """Ask for a cache line that will be read soon; an address past the end of memory does no harm."""
+    pointer = builder.inttoptr(address, _i8.as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, _i32, _i32, _i32])
+    read, keep, data = const_i32(0), const_i32(3), const_i32(1)
+    builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0"), [pointer, read, keep, data])
 
 
 def splat(builder, value, lanes=16):

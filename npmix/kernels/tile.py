@@ -35,6 +35,7 @@ from .simd import (
     op,
     peek,
     poke,
+    prefetch,
     scalar,
     splat,
     store,
@@ -46,6 +47,7 @@ from .simd import (
 )
 
 HEIGHT = 6  # tokens of the tallest tile: 2 row blocks x 6 are 12 integer and 12 float accumulators of 32 registers
+AHEAD = 4096  # bytes a single token's tile fetches ahead: hardware stops at the end of a 4 KiB page
 
 
 # ---- packed ------------------------------------------------------------------------------------
@@ -84,6 +86,9 @@ def packed_tile(name, group, blocks, height):
 
         def dot_line(at, line_index, inputs):
             """One line of each row block against its inputs of every token; `inputs` is their address."""
+            if len(cells) == 1:
+                for b in bases:
+                    prefetch(builder, builder.add(builder.add(b, at), const_i64(AHEAD)))
             codes = [_unpack_line(builder, name, load(builder, builder.add(b, at), vector("i8", 64))) for b in bases]
             for j in range(step // 4):
                 for t in range(height):

@@ -42,7 +42,7 @@ class Forward:
         m, row = self.state.m, self._row
         address = row.__array_interface__["data"][0]
         self.decode_team.run(self._kernel, DECODE, m, self.weights.layers, token, position, 0, self.config.n_layers, address)
-        self._check(row)
+        self._check(row, position, 1)
         return row[0, : self.config.vocab_size].copy()
 
     def prefill(self, tokens: np.ndarray, position: int, wanted: str = "last", on_layer=None) -> np.ndarray | None:
@@ -57,23 +57,24 @@ class Forward:
             if on_layer:
                 on_layer(layer)
         if wanted == "none":
-            self._check(None)
+            self._check(None, position, count)
             return None
         first = count - 1 if wanted == "last" else 0
         rows = np.zeros((count - first, self._width), np.float32)
         self.state.array(t.COUNTERS)[:] = 0
         address = rows.__array_interface__["data"][0]
         self.team.run(self._kernel, HEAD, m, self.weights.layers, first, count - first, address, rows.strides[0], 0)
-        self._check(rows)
+        self._check(rows, position, count)
         return rows[:, : self.config.vocab_size]
 
-    def _check(self, rows: np.ndarray | None) -> None:
-        """Raise NumericsError when a kernel saw a number that is not finite, or logits are not."""
+    def _check(self, rows: np.ndarray | None, position: int, count: int) -> None:
+        """Raise NumericsError when a kernel saw a number that is not finite, or logits are not; what it cached is erased."""
         status = self.state.array(t.STATUS)
         self.saturated = self.saturated or bool(status[t.SATURATED // 8])
         bad, status[t.BAD_LAYER // 8] = int(status[t.BAD_LAYER // 8]), 0
         if not bad and (rows is None or np.isfinite(rows[:, : self.config.vocab_size]).all()):
             return
+        self.cache.erase(position, count)
         where = "the embeddings" if bad < 0 else f"layer {bad - 1} (of 0..{self.config.n_layers - 1})" if bad else "the output matrix"
         raise NumericsError(f"not finite: the first bad numbers came out of {where}; check the weights with `npmix verify`")
 

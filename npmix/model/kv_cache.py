@@ -31,6 +31,10 @@ class KVCache:
         self.keys = np.zeros((*heads, self.capacity // STRIP, config.head_dim, STRIP), DTYPES[kv])
         self.values = np.zeros((*heads, self.capacity, self.width), DTYPES[kv])
 
+    def erase(self, position: int, count: int) -> None:
+        """Zero the values of positions position.. + count: a NaN there would outlive its sequence, since 0 * NaN is NaN."""
+        self.values[:, :, np.arange(position, position + count) % self.capacity] = 0
+
     @property
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes

@@ -25,7 +25,7 @@ class Terminal:
         os.close(slave)
         self.unread = b""
 
-    def until(self, pattern, seconds=120):
+    def until(self, pattern, seconds=300):
         """Read until the pattern comes; all up to its end."""
         seen, end = self.unread, time.monotonic() + seconds
         while not (found := re.search(pattern, seen)):
@@ -44,7 +44,7 @@ class Terminal:
         os.write(self.master, text)
 
     def end(self):
-        code = self.process.wait(timeout=60)
+        code = self.process.wait(timeout=120)
         os.close(self.master)
         return code
 

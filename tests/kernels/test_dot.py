@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from kernel_tools import Memory, memory
 
+from npmix.errors import ConfigError
 from npmix.kernels import cpu
 from npmix.kernels._jit import njit
 from npmix.kernels.dot import emit_dot4, emit_dot_start, emit_splat4
@@ -102,5 +103,5 @@ def test_the_form_follows_the_features(monkeypatch):
     monkeypatch.setenv("NPMIX_FORM", "avx2")
     assert ask() == "avx2"
     monkeypatch.setenv("NPMIX_FORM", "sse9")
-    with pytest.raises(ValueError, match="sse9.*plain"):
+    with pytest.raises(ConfigError, match="sse9.*plain"):
         ask()

@@ -40,6 +40,7 @@ def load_oracle(path):
     import torch
     from transformers import AutoModelForCausalLM
 
+    torch.set_num_threads(1)  # models this small gain nothing, and a busy machine takes much
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager")
     return model.eval()
 

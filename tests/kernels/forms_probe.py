@@ -1,0 +1,100 @@
+"""What `test_forms.py` runs in this process and, for other forms of the machine code, in children: all kernels on fixed input.
+
+    python forms_probe.py OUT.npz [FOLDER]     the kernels' results, and with FOLDER logits of the models in it
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from kernel_tools import Memory, memory
+from test_attention import Cache, queries
+from test_matmul import _fill, activations, product, weights
+from test_ops import exp2
+from test_router import choice
+
+from npmix.kernels.matmul import matmul
+from npmix.kernels.rows import quantise_row, rms_norm, rope, swiglu
+
+F = np.float32
+FORMATS = [("q8", 64), ("q4", 64), ("q4", 32), ("bf16", 0)]
+IDS = np.random.default_rng(0).integers(3, 384, 40)
+
+
+def kernels() -> dict[str, np.ndarray]:
+    """Results of the kernels by name, integers as integers."""
+    rng, results = np.random.default_rng(11), {}
+    for name, group in FORMATS:
+        tensor, _ = weights(name, group, 50, 300, 7)
+        x = rng.standard_normal((7, 300)).astype(F)
+        results[f"matmul {name} {group} 7"] = product(matmul(name, group), tensor, x, 0, 4)
+        results[f"matmul {name} {group} 1"] = product(matmul(name, group), tensor, x[:1], 0, 4)
+        results[f"acts {group}"] = activations(x, group).array if group else np.zeros(0, np.uint8)
+    results["exp2"] = exp2(np.linspace(-130, 130, 4096))
+    row, other, out = memory(rng.standard_normal(256).astype(F)), memory(rng.standard_normal(256).astype(F)), Memory(256, F)
+    results["squares"] = np.array([rms_norm(row.at, other.at, 250, 256, F(1e-5), out.at)], F)
+    results["rms_norm"] = out.array.copy()
+    swiglu(row.at, other.at, 256, out.at)
+    results["swiglu"] = out.array.copy()
+    rope(row.at, other.at, 100, F(0.3), out.at)
+    results["rope"] = out.array[:200].copy()
+    codes = Memory(256 + 8 * 8, np.uint8)
+    quantise_row(row.at, 256, 32, codes.at)
+    results["quantised"] = codes.array.copy()
+    experts, results["router"] = choice(rng.standard_normal(8), 3)
+    results["experts"] = np.array(experts)
+    for kv in ("f16", "f32"):
+        cache = Cache(kv, 80, 512).fill(range(300))
+        results[f"attention {kv}"] = cache.attend(queries(6, 80), 297, heads=2)
+    return results
+
+
+def logits(folder) -> dict[str, np.ndarray]:
+    """Logits of the q8 and the q4 model in a folder, by decode and by prefill; the q4 model's kernels hold the q8 model's."""
+    from npmix.engine import Engine
+    from npmix.model import forward
+
+    with Engine(folder / "q4", threads=2, chunk=16) as engine:
+        slots = tuple(engine._forward.weights.slots)
+    whole = forward.entry
+    results = {}
+    for name in ("q8", "q4"):
+
+        def entry(wanted, kv):
+            assert slots[: len(wanted)] == wanted  # so slots mean the same, and one compilation serves both
+            return whole(slots, kv)
+
+        forward.entry = entry
+        try:
+            with Engine(folder / name, threads=2, chunk=16) as engine:
+                results[f"{name} prefill"] = engine.logits(IDS)
+                results[f"{name} decode"] = np.stack([engine.step(int(t)) for t in IDS])
+        finally:
+            forward.entry = whole
+    return results
+
+
+def assembly() -> str:
+    """The machine code of what was compiled here: matrix products, activations, attention."""
+    from npmix.kernels.attention import attend
+
+    compiled = [matmul(*pair) for pair in FORMATS] + [_fill, rms_norm, swiglu, attend("f16"), attend("f32")]
+    texts = [text for function in compiled for text in function.inspect_asm().values()]
+    assert len(texts) >= len(compiled)
+    return "\n".join(texts)
+
+
+def main(out, folder=None):
+    from npmix.kernels import cpu
+    from npmix.kernels._jit import DISABLED, cache_counts
+
+    results = kernels()
+    if folder:
+        results |= logits(Path(folder))
+    np.savez(out, **results)
+    code = "" if DISABLED else assembly()
+    print(cpu.form(), "zmm" in code, "ymm" in code, cache_counts()["misses"])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,185 @@
+"""The team: its barrier, its threads, exceptions, and a host program's own Numba beside it."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+from kernel_tools import address, child
+
+from npmix.kernels import team as team_module
+from npmix.kernels._jit import DISABLED, njit
+from npmix.kernels.ops import atomic_add, get_i64, put_i64
+from npmix.kernels.team import Team, barrier
+
+ROUNDS = 300
+
+
+@njit
+def _rounds(cell, counters, seen, rounds, index, members):
+    """In each round every member adds 1, waits, and notes what it sees: all must see all."""
+    for r in range(rounds):
+        atomic_add(counters + 8 * r, 1)
+        barrier(cell, members)
+        put_i64(seen + 8 * (r * members + index), get_i64(counters + 8 * r))
+        barrier(cell, members)
+
+
+def cells():
+    """Zeroed int64 cells on a cache line of their own."""
+    raw = np.zeros(24, np.int64)
+    return raw[(-address(raw) % 64) // 8 :][:16]
+
+
+def members():
+    return {t for t in threading.enumerate() if t.name.startswith("npmix-")}
+
+
+def gone(threads, seconds=10):
+    """Whether all threads end within a time."""
+    end = time.monotonic() + seconds
+    while any(t.is_alive() for t in threads) and time.monotonic() < end:
+        time.sleep(0.005)
+    return not any(t.is_alive() for t in threads)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_barrier(size):
+    """Nobody passes a barrier before everybody came: after it all members see all additions, round after round, run after run, also
+    with more members than cores."""
+    team, cell = Team(size), cells()
+    size = 1 if DISABLED else size
+    try:
+        for _ in range(3):
+            counters, seen = np.zeros(ROUNDS, np.int64), np.zeros((ROUNDS, size), np.int64)
+            team.run(_rounds, address(cell), address(counters), address(seen), ROUNDS)
+            assert (counters == size).all() and (seen == size).all()
+        assert cell[0] == 0 and cell[8] == (0 if size == 1 else 6 * ROUNDS)
+    finally:
+        team.close()
+
+
+def test_every_member_runs_once(monkeypatch):
+    """run calls the kernel once with each index and the number of members; member 0 is the caller."""
+    monkeypatch.setattr(team_module, "DISABLED", False)
+    for size in (1, 2, 4):
+        calls, team = [], Team(size)
+        team.run(lambda a, index, members: calls.append((a, index, members, threading.current_thread().name)), "x")
+        assert sorted(c[:3] for c in calls) == [("x", i, size) for i in range(size)]
+        assert [c[3] for c in calls if c[1] == 0] == [threading.current_thread().name]
+        team.close()
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_an_exception_of_any_member_is_raised(bad, monkeypatch):
+    """A failing member's exception comes out of run, after all others have finished; the next run is sound and fails no more."""
+    monkeypatch.setattr(team_module, "DISABLED", False)
+    team, finished = Team(3), []
+
+    def kernel(fail, index, members):
+        if fail and index == bad:
+            raise ArithmeticError(f"member {index}")
+        time.sleep(0.05)
+        finished.append(index)
+
+    try:
+        for _ in range(2):
+            with pytest.raises(ArithmeticError, match=f"member {bad}"):
+                team.run(kernel, True)
+            assert sorted(finished) == [i for i in range(3) if i != bad]
+            finished.clear()
+            team.run(kernel, False)
+            assert sorted(finished) == [0, 1, 2]
+            finished.clear()
+    finally:
+        team.close()
+
+
+def test_an_interrupt_leaves_nobody_at_work(monkeypatch):
+    """A Ctrl-C that strikes member 0 is raised only when every other member is done."""
+    monkeypatch.setattr(team_module, "DISABLED", False)
+    team, finished = Team(2), []
+
+    def kernel(index, members):
+        if index == 0:
+            raise KeyboardInterrupt
+        time.sleep(0.1)
+        finished.append(index)
+
+    with pytest.raises(KeyboardInterrupt):
+        team.run(kernel)
+    assert finished == [1]
+    team.close()
+
+
+@pytest.mark.compiled
+def test_a_kernel_is_compiled_before_anyone_waits():
+    """The first run compiles in the calling thread: a kernel that cannot be compiled fails there, and no member waits in a barrier."""
+    team, cell = Team(2), cells()
+
+    @njit
+    def broken(a, index, members):
+        barrier(a, members)
+        return a.nothing_of_this_name
+
+    with pytest.raises(Exception, match="nothing_of_this_name"):
+        team.run(broken, address(cell))
+    assert not cell.any()
+    counters, seen = np.zeros(1, np.int64), np.zeros((1, 2), np.int64)
+    team.run(_rounds, address(cell), address(counters), address(seen), 1)
+    assert (seen == 2).all()
+    team.close()
+
+
+def test_close_ends_the_threads(monkeypatch):
+    """Threads start at the first run, are daemons, and end at close; closing twice is fine, and a later run starts new ones."""
+    monkeypatch.setattr(team_module, "DISABLED", False)
+    before = members()
+    team = Team(3)
+    assert members() == before
+    for _ in range(2):
+        team.run(lambda index, members: None)
+        mine = members() - before
+        assert len(mine) == 2 and all(t.daemon for t in mine)
+        team.close()
+        assert gone(mine)
+    team.close()
+
+
+HOST = """
+import threading, numpy as np, numba
+from test_team import _rounds, address, cells
+from npmix.kernels.team import Team
+
+@numba.njit(parallel=True)
+def own(x):
+    total = 0.0
+    for i in numba.prange(x.size):
+        total += x[i]
+    return total
+
+x = np.ones(100_000)
+assert own(x) == x.size  # compiled, its threading layer running
+stop, sums = threading.Event(), []
+def host():
+    while not stop.is_set():
+        sums.append(own(x))
+thread = threading.Thread(target=host)
+thread.start()
+team, cell = Team(2), cells()
+for _ in range(20):  # few rounds: with more threads than cores a barrier may wait for a time slice
+    counters, seen = np.zeros(10, np.int64), np.zeros((10, 2), np.int64)
+    team.run(_rounds, address(cell), address(counters), address(seen), 10)
+    assert (seen == 2).all()
+stop.set()
+thread.join()
+assert set(sums) == {float(x.size)}
+print("host and team are fine", numba.threading_layer())
+"""
+
+
+@pytest.mark.compiled
+def test_a_host_program_with_its_own_prange(tmp_path):
+    """A host that runs Numba's prange in another thread meanwhile, on the workqueue layer that aborts when two enter it, is not disturbed
+    and disturbs nobody."""
+    assert "fine workqueue" in child(HOST, tmp_path, NUMBA_THREADING_LAYER="workqueue").stdout

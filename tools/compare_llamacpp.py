@@ -1,0 +1,303 @@
+"""npmix against llama.cpp on the same shapes and the same bits, each beside the ceiling of the machine at that minute.
+
+    pip install llama-cpp-python gguf                                       (its source distribution compiles llama.cpp; or see --llama-bench)
+    python tools/compare_llamacpp.py --work DIR --json FILE                 all rows; at most 25 minutes
+    python tools/compare_llamacpp.py --work DIR --rows decode,prefill_512   some; what DIR holds is used again
+
+One hard fact: the bandwidth of a shared machine halves and doubles for minutes at a time. So ceiling, npmix, ceiling, llama.cpp
+run in turns; ratio and share are quotients within a turn, and the median over the turns is what counts.
+
+Random full-width Mixtrals with near-uniform routing, every matrix at 4.5 bits on both sides (`npmix convert --quant q4 --uniform`, Q4_0):
+4 layers; one layer for decode at depth, where only the cache differs; two for a long prompt, as both programs skip the last layer's experts.
+`decode_shipped` is the profile `--quant q4` with its own bytes beside the same llama.cpp. A token's ceiling:
+
+    decode        the bytes it needs (all matrices but unchosen experts, keys and values), over the read bandwidth
+    prefill_512   the operations by weights it needs, over the int8 peak
+    prefill_16    the larger of that, and of every expert's bytes (in the last layer: the chosen ones') and the other matrices' over the bandwidth
+    prefill_8192  as prefill_512, and attention's operations over the float32 peak; `attention` is attention's share of that peak by itself
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from llamacpp_peer import PeerError, Settings, Work, best_settings, make_peer, write_gguf  # noqa: E402
+from make_checkpoint import MIXTRAL, RandomSource, make_config  # noqa: E402
+
+from npmix.benchmark import decode_bytes, machine, prefill_operations, token_ids  # noqa: E402
+from npmix.convert import convert  # noqa: E402
+from npmix.engine import Engine  # noqa: E402
+from npmix.kernels import tables as t  # noqa: E402
+from npmix.kernels.ceilings import Ceilings  # noqa: E402
+from npmix.store import open_store  # noqa: E402
+from npmix.threads import default_threads  # noqa: E402
+
+LIMIT = 25 * 60  # seconds
+SIZES = ("dim", "hidden", "heads", "kv_heads", "head_dim", "experts", "active", "vocab")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. store: "uniform" or "shipped"."""
+
+    name: str
+    layers: int
+    work: Work
+    store: str = "uniform"
+
+
+ROWS = {
+    row.name: row
+    for row in (
+        Row("decode", 4, Work("decode", 64)),
+        Row("decode_shipped", 4, Work("decode", 64), "shipped"),
+        Row("prefill_16", 4, Work("prefill", 16)),
+        Row("prefill_512", 4, Work("prefill", 512)),
+        Row("decode_8192", 1, Work("decode", 32, 8192)),
+        Row("decode_32768", 1, Work("decode", 32, 32768)),
+        Row("prefill_8192", 2, Work("prefill", 8192)),
+    )
+}
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# ---- what a machine could do at most -----------------------------------------------------------------
+
+
+def attention_operations(config, tokens: int) -> int:
+    """Multiplications and additions by keys and values that a prompt needs: all queries, in the last layer that of the last token."""
+    pairs = tokens * (tokens + 1) // 2 * (config.n_layers - 1) + tokens
+    return 4 * config.n_heads * config.head_dim * pairs
+
+
+def prompt_bytes(engine) -> int:
+    """Bytes of weights a short prompt has to read once: all matrices, every expert; in the last layer only those of one token."""
+    c, total = engine.config, 0
+    last = f"layers.{c.n_layers - 1}.experts."
+    for name, shape in c.tensor_shapes().items():
+        if len(shape) == 2 and name != "tok_embeddings":
+            size = engine.source.tensor(name).nbytes
+            total += size * c.n_active // c.n_experts if name.startswith(last) else size
+    return total
+
+
+def ceiling(engine, work: Work, peaks: dict) -> float:
+    """Tokens a second at most. peaks: bytes a second of `read`, operations a second of `int8` and `float32`."""
+    if work.kind == "decode":
+        return peaks["read"] / decode_bytes(engine, work.depth + work.tokens // 2)
+    seconds = prefill_operations(engine.config, work.tokens) / peaks["int8"]
+    if work.tokens <= 64:  # fewer tokens an expert than memory is slower than arithmetic
+        seconds = max(seconds, prompt_bytes(engine) / peaks["read"])
+    if work.tokens >= 4096:
+        seconds += attention_operations(engine.config, work.tokens) / peaks["float32"]
+    return work.tokens / seconds
+
+
+def measure_peaks(ceilings: Ceilings, work: Work) -> dict:
+    """The ceilings this work needs, in bytes and operations a second."""
+    peaks = {}
+    if work.kind == "decode" or work.tokens <= 64:
+        peaks["read"] = ceilings.read_bandwidth()
+    if work.kind == "prefill":
+        peaks["int8"] = ceilings.int8_peak()
+        if work.tokens >= 4096:
+            peaks["float32"] = ceilings.float32_peak()
+    return peaks
+
+
+# ---- npmix's side ------------------------------------------------------------------------------------
+
+
+def speed(engine: Engine, work: Work) -> float:
+    """Tokens a second; the cache is filled to the depth first, and that is not counted."""
+    ids = token_ids(work.positions, engine.config.vocab_size)
+    engine.reset(min(engine.position, work.depth))
+    if work.kind == "prefill":
+        began = time.perf_counter()
+        engine.prefill(ids)
+        return work.tokens / (time.perf_counter() - began)
+    if engine.position < work.depth:
+        engine.prefill(ids[engine.position : work.depth])
+    began = time.perf_counter()
+    for id in ids[work.depth :]:
+        engine.step(id)
+    return work.tokens / (time.perf_counter() - began)
+
+
+def attention_share(engine: Engine, work: Work, peaks: dict) -> float:
+    """Attention's share of the float32 peak by itself, from the kernels' clocks: one more run."""
+    clocks = engine._forward.state.array(t.CLOCKS)
+    clocks[:] = 0
+    seconds = work.tokens / speed(engine, work)
+    spent = float(clocks[t.T_ATTENTION]) / float(clocks[1:].sum()) * seconds
+    return attention_operations(engine.config, work.tokens) / spent / peaks["float32"]
+
+
+# ---- rows and turns ----------------------------------------------------------------------------------
+
+
+class Comparison:
+    """Both programs, the ceilings, and what was found so far."""
+
+    def __init__(self, args):
+        self.args, self.began = args, time.monotonic()
+        self.sizes = {name: getattr(args, name) for name in SIZES}
+        self.threads = args.threads or default_threads()
+        self.peer = make_peer(args.llama_bench, args.llama_python, self.threads, args.vocab)
+        self.settings = Settings()
+        self.rows: dict[str, dict] = {}
+
+    def left(self) -> float:
+        return LIMIT - (time.monotonic() - self.began)
+
+    def store(self, layers: int, kind: str) -> Path:
+        """A packed store in the work folder, made if it is not there."""
+        path = self.args.work / f"{'q4u' if kind == 'uniform' else 'q4'}_{layers}l"
+        config = make_config(layers=layers, **self.sizes)
+        if not (path / "npmix.json").exists():
+            say(f"making {path}")
+            convert(RandomSource(config), path, "q4", uniform=kind == "uniform")
+        with open_store(path) as store:
+            if store.config != config:
+                raise SystemExit(f"{path} was made with other sizes: remove it or choose another --work")
+        return path
+
+    def gguf(self, layers: int) -> Path:
+        """The same shapes as GGUF, made if it is not there."""
+        path = self.args.work / f"q4_0_{layers}l.gguf"
+        if not path.exists():
+            say(f"making {path}")
+        write_gguf(self.args.llama_python or sys.executable, path, make_config(layers=layers, **self.sizes).to_dict())
+        return path
+
+    def run(self, names: list[str]) -> None:
+        """All rows of a model after one another; the peer's settings of one row are where the next row's search starts."""
+        with Ceilings(self.threads) as ceilings:
+            for layers, kind in dict.fromkeys((ROWS[name].layers, ROWS[name].store) for name in names):
+                rows = [ROWS[name] for name in names if (ROWS[name].layers, ROWS[name].store) == (layers, kind)]
+                store, gguf = self.store(layers, kind), self.gguf(layers)
+                positions = -(-max(row.work.positions for row in rows) // 256) * 256
+                with Engine(store, threads=self.threads, context=positions) as engine:
+                    for row in rows:
+                        if self.rows and self.left() < 60:
+                            say(f"{row.name}: no time left")
+                            continue
+                        self.rows[row.name] = self.row(row, engine, gguf, ceilings, positions)
+        self.peer.close()
+
+    def row(self, row: Row, engine: Engine, gguf: Path, ceilings: Ceilings, positions: int) -> dict:
+        """Settings, a warm-up of both, then the turns."""
+        say(f"{row.name}: {row.layers} layers, {row.work.kind} of {row.work.tokens} at {row.work.depth}")
+        same = next((found for found in self.rows.values() if found["work"] == asdict(row.work) and found["layers"] == row.layers), None)
+        if same:
+            settings, tried = Settings(**same["llamacpp_settings"]), same["llamacpp_tried"]
+        else:
+            settings, tried = best_settings(self.peer, gguf, row.work, self.settings, say)
+            self.settings = Settings(settings.repack, settings.flash)
+        self.peer.speed(gguf, self.short(row.work), settings, positions)
+        speed(engine, self.short(row.work))
+        turns: list[dict] = []
+        longest = 0.0
+        for number in range(self.args.turns):
+            if turns and self.left() < 1.2 * longest + 20:
+                say(f"{row.name}: time for {len(turns)} turns only")
+                break
+            began = time.monotonic()
+            turns.append(self.turn(row.work, engine, gguf, ceilings, settings, positions))
+            longest = max(longest, time.monotonic() - began)
+            say(f"  turn {number + 1}: " + ", ".join(f"{key} {turns[-1][key]:.3g}" for key in ("npmix", "llamacpp", "ratio", "share_of_ceiling")))
+        found = {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
+        if row.work.kind == "prefill" and row.work.tokens >= 4096:
+            found["attention"] = attention_share(engine, row.work, measure_peaks(ceilings, row.work))
+        found.update(layers=row.layers, store=row.store, work=asdict(row.work), turns=turns)
+        found.update(llamacpp_settings=asdict(settings), llamacpp_tried=tried)
+        return found
+
+    @staticmethod
+    def short(work: Work) -> Work:
+        """Enough to bring every page in and to fill the cache to the depth."""
+        return Work(work.kind, min(work.tokens, 512), work.depth)
+
+    def turn(self, work: Work, engine: Engine, gguf: Path, ceilings: Ceilings, settings: Settings, positions: int) -> dict:
+        """Ceiling, npmix, ceiling, llama.cpp."""
+        before = measure_peaks(ceilings, work)
+        npmix = speed(engine, work)
+        after = measure_peaks(ceilings, work)
+        peaks = {key: (before[key] + after[key]) / 2 for key in before}
+        llamacpp = self.peer.speed(gguf, work, settings, positions)
+        most = ceiling(engine, work, peaks)
+        rates = {"read": "read_gbs", "int8": "int8_gops", "float32": "float32_gops"}
+        return {
+            "npmix": npmix,
+            "llamacpp": llamacpp,
+            "ratio": npmix / llamacpp,
+            "share_of_ceiling": npmix / most,
+            "ceiling": most,
+            "llamacpp_share_of_ceiling": llamacpp / most,
+            **{rates[key]: value / 1e9 for key, value in peaks.items()},
+        }
+
+
+# ---- the report --------------------------------------------------------------------------------------
+
+
+def table(rows: dict[str, dict]):
+    """A line a row; medians, least and most of the ratio and the share in brackets."""
+    yield f"{'tokens/s':15}{'npmix':>9}{'llama.cpp':>11}{'ratio':>19}{'ceiling':>10}{'share':>15}  llama.cpp's best settings"
+    for name, row in rows.items():
+        ratios, shares = ([turn[key] for turn in row["turns"]] for key in ("ratio", "share_of_ceiling"))
+        ratio = f"{row['ratio']:.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+        share = f"{100 * row['share_of_ceiling']:.0f} % ({100 * min(shares):.0f}-{100 * max(shares):.0f})"
+        more = f"; attention {100 * row['attention']:.0f} % of the float32 peak" if "attention" in row else ""
+        words = Settings(**row["llamacpp_settings"]).words()
+        yield f"{name:15}{row['npmix']:9.1f}{row['llamacpp']:11.1f}{ratio:>19}{row['ceiling']:10.1f}{share:>15}  {words}{more}"
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Compare npmix with llama.cpp, in turns, beside the machine's ceilings.")
+    parser.add_argument("--work", type=Path, default=Path("compare_llamacpp.work"), metavar="DIR", help="keeps the stores and GGUF files (14 GB)")
+    parser.add_argument("--rows", default=",".join(ROWS), metavar="A,B", help=f"some of {', '.join(ROWS)}")
+    parser.add_argument("--turns", type=int, default=5, metavar="N", help="default 5")
+    parser.add_argument("--threads", type=int, metavar="N", help="of both programs; default: the physical cores")
+    parser.add_argument("--llama-python", metavar="PATH", help="a Python that has llama-cpp-python and gguf; default: this one")
+    parser.add_argument("--llama-bench", metavar="PATH", help="a llama-bench to run instead of llama-cpp-python (gguf is still needed)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures and single turns")
+    for name in SIZES:
+        parser.add_argument("--" + name.replace("_", "-"), type=int, default=MIXTRAL[name], metavar="N", help=f"default {MIXTRAL[name]}")
+    return parser
+
+
+def main(argv=None) -> None:
+    args = arguments().parse_args(argv)
+    names = args.rows.split(",")
+    unknown = [name for name in names if name not in ROWS]
+    if unknown or args.turns < 1:
+        raise SystemExit(f"--rows: {unknown[0]!r} is none of {', '.join(ROWS)}" if unknown else "--turns: expected 1 or more")
+    args.work.mkdir(parents=True, exist_ok=True)
+    comparison = Comparison(args)
+    try:
+        comparison.run(names)
+    except PeerError as error:
+        raise SystemExit(f"compare_llamacpp: {error}") from None
+    finally:
+        comparison.peer.close()
+    on = machine()
+    print(f"{on['cpu']}, {comparison.threads} threads, {on['int8_form']}; npmix {on['npmix']}; llama.cpp {comparison.peer.info}")
+    print(*table(comparison.rows), sep="\n")
+    if args.json:
+        about = {"machine": on, "threads": comparison.threads, "llamacpp": comparison.peer.info, "sizes": comparison.sizes}
+        args.json.write_text(json.dumps({**comparison.rows, "about": about}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

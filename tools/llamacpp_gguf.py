@@ -1,0 +1,140 @@
+"""Write a random Mixtral as GGUF, every matrix in Q4_0 (4.5 bits), for llama.cpp to run beside npmix.
+
+    python tools/llamacpp_gguf.py OUT.gguf CONFIG.json       CONFIG.json: the fields of npmix's Config
+
+One hard fact: llama.cpp knows Mixtral as architecture "llama" with an expert count, and stacks a layer's experts into one
+tensor. Needs gguf and numpy only, so it runs in whatever Python llama.cpp was installed into.
+
+Blocks come from one pool of normal numbers, rounded by gguf itself, in windows at random places; routers and norms are float32.
+The embeddings are larger than what a layer adds, so routing is near-uniform here too.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+BLOCK, BLOCK_BYTES = 32, 18  # inputs and bytes of a Q4_0 block: a float16 scale, 16 bytes of nibbles
+PIECE = 1 << 22
+EMBEDDING_STD = 4.0
+Q4_0 = gguf.GGMLQuantizationType.Q4_0
+
+
+def block_pool(count: int, std: float, rng) -> np.ndarray:
+    """(count, 18) uint8: Q4_0 blocks of normal numbers with mean 0."""
+    pool = np.empty((count, BLOCK_BYTES), np.uint8)
+    step = PIECE // BLOCK
+    for at in range(0, count, step):
+        numbers = rng.standard_normal((min(step, count - at), BLOCK), np.float32) * np.float32(std)
+        pool[at : at + step] = gguf.quants.quantize(numbers, Q4_0)
+    return pool
+
+
+def scaled(blocks: np.ndarray, factor: float) -> np.ndarray:
+    """The same blocks, their scales times a power of two."""
+    out = blocks.copy()
+    scales = np.ascontiguousarray(out[:, :2]).view(np.float16) * np.float16(factor)
+    out[:, :2] = scales.view(np.uint8).reshape(-1, 2)
+    return out
+
+
+def tensors(c: dict):
+    """(GGUF name, shape with the inputs last, kind) in file order. kind: "matrix", "embeddings", "router", "norm"."""
+    d, f, e = c["dim"], c["hidden_dim"], c["n_experts"]
+    q, kv = c["n_heads"] * c["head_dim"], c["n_kv_heads"] * c["head_dim"]
+    yield "token_embd.weight", (c["vocab_size"], d), "embeddings"
+    for layer in range(c["n_layers"]):
+        at = f"blk.{layer}."
+        yield at + "attn_norm.weight", (d,), "norm"
+        yield at + "attn_q.weight", (q, d), "matrix"
+        yield at + "attn_k.weight", (kv, d), "matrix"
+        yield at + "attn_v.weight", (kv, d), "matrix"
+        yield at + "attn_output.weight", (d, q), "matrix"
+        yield at + "ffn_norm.weight", (d,), "norm"
+        yield at + "ffn_gate_inp.weight", (e, d), "router"
+        yield at + "ffn_gate_exps.weight", (e, f, d), "matrix"
+        yield at + "ffn_up_exps.weight", (e, f, d), "matrix"
+        yield at + "ffn_down_exps.weight", (e, d, f), "matrix"
+    yield "output_norm.weight", (d,), "norm"
+    yield "output.weight", (c["vocab_size"], d), "matrix"
+
+
+class Weights:
+    """Hands out each tensor's data as it is written."""
+
+    def __init__(self, c: dict, seed: int = 0):
+        self.rng, self.dim = np.random.default_rng(seed), c["dim"]
+        largest = max(math.prod(shape[-2:]) for _, shape, kind in tensors(c) if kind in ("matrix", "embeddings"))
+        self.pool = block_pool(largest // BLOCK * 3 // 2 + 4096, self.dim**-0.5, self.rng)
+
+    def _window(self, rows: int, cols: int) -> np.ndarray:
+        count = rows * cols // BLOCK
+        at = int(self.rng.integers(len(self.pool) - count))
+        return self.pool[at : at + count]
+
+    def data(self, shape: tuple[int, ...], kind: str) -> np.ndarray:
+        """Q4_0 as uint8 of shape (..., rows, bytes a row); routers and norms float32."""
+        if kind == "norm":
+            return np.ones(shape, np.float32)
+        if kind == "router":
+            return self.rng.standard_normal(shape, np.float32) * np.float32(self.dim**-0.5)
+        planes = [self._window(*shape[-2:]) for _ in range(math.prod(shape[:-2]))]
+        if kind == "embeddings":
+            planes = [scaled(planes[0], 2.0 ** round(math.log2(EMBEDDING_STD * self.dim**0.5)))]
+        return np.stack(planes).reshape(*shape[:-1], shape[-1] // BLOCK * BLOCK_BYTES)
+
+
+def nbytes(shape: tuple[int, ...], kind: str) -> int:
+    return math.prod(shape) * 4 if kind in ("norm", "router") else math.prod(shape) // BLOCK * BLOCK_BYTES
+
+
+def describe(writer, c: dict) -> None:
+    """The key-value pairs llama.cpp asks for; it has no vocabulary but its size."""
+    writer.add_name("random Mixtral")
+    writer.add_context_length(c["max_positions"])
+    writer.add_embedding_length(c["dim"])
+    writer.add_block_count(c["n_layers"])
+    writer.add_feed_forward_length(c["hidden_dim"])
+    writer.add_head_count(c["n_heads"])
+    writer.add_head_count_kv(c["n_kv_heads"])
+    writer.add_key_length(c["head_dim"])
+    writer.add_value_length(c["head_dim"])
+    writer.add_rope_dimension_count(c["head_dim"])
+    writer.add_rope_freq_base(c["rope_theta"])
+    writer.add_layer_norm_rms_eps(c["norm_eps"])
+    writer.add_expert_count(c["n_experts"])
+    writer.add_expert_used_count(c["n_active"])
+    writer.add_vocab_size(c["vocab_size"])
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
+    writer.add_tokenizer_model("no_vocab")
+
+
+def write(path: Path, c: dict, seed: int = 0) -> None:
+    """Write the file under a temporary name, a tensor at a time, then give it its name."""
+    odd = [name for name in ("dim", "hidden_dim") if c[name] % BLOCK]
+    if odd:
+        raise SystemExit(f"{odd[0]} is {c[odd[0]]}, expected a multiple of {BLOCK}: Q4_0 rounds {BLOCK} inputs at a time")
+    weights = Weights(c, seed)
+    partial = path.with_name(path.name + ".partial")
+    writer = gguf.GGUFWriter(partial, "llama")
+    describe(writer, c)
+    for name, shape, kind in tensors(c):
+        raw = None if kind in ("norm", "router") else Q4_0
+        stored = shape if raw is None else (*shape[:-1], shape[-1] // BLOCK * BLOCK_BYTES)
+        writer.add_tensor_info(name, stored, np.dtype(np.float32 if raw is None else np.uint8), nbytes(shape, kind), raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for _, shape, kind in tensors(c):
+        writer.write_tensor_data(weights.data(shape, kind))
+    writer.close()
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        raise SystemExit(__doc__)
+    write(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()))
