@@ -144,7 +144,8 @@ def starts(source, threads: int, prompt: int, kv: str, report) -> dict:
     path = str(source.path)
     call = f"from npmix.benchmark import first_token; first_token({path!r}, {threads}, {prompt}, 16, {kv!r})"
     probe = [sys.executable, "-c", call]
-    text = [sys.executable, "-m", "npmix", "run", "-m", path, "-n", "1", "--temperature", "0", "--threads", str(threads), "--kv", kv, PROMPT]
+    options = ["-n", "1", "--temperature", "0", "--threads", str(threads), "--kv", kv]
+    text = [sys.executable, "-m", "npmix", "run", "-m", path, *options, PROMPT]
     found: dict = {}
     with tempfile.TemporaryDirectory(prefix="npmix-bench-") as cache:
         env = {**os.environ, "NPMIX_CACHE_DIR": cache}

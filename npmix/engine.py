@@ -49,6 +49,7 @@ class Engine:
             self.source.close()
             raise
         self.position = 0
+        self._written = 0  # positions cached since it was empty; an interrupted prefill leaves some behind `position`
         self._pid = os.getpid()
         self._closed = False
 

@@ -38,7 +38,7 @@ def masked(lines):
     out = []
     for line in lines:
         if not DROPPED.search(line):
-            out.append(re.sub(r"\d[\d,.:]*", "#", line).replace("kB", "B").replace("MB", "B").replace("GB", "B") if FIGURES.match(line) else line.rstrip())
+            out.append(re.sub(r"\d[\d,.:]*( [kMG]?B)?", "#", line) if FIGURES.match(line) else line.rstrip())
     return out
 
 
@@ -56,10 +56,8 @@ def prepare(folder):
 
 def run(command, folder, env):
     """What a command prints, stdout and stderr as they come."""
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
-    )
-    return done.stdout.splitlines()
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.run(["bash", "-c", command], cwd=folder, env=env, text=True, check=True, **streams).stdout.splitlines()
 
 
 def rewrite():
@@ -73,7 +71,9 @@ def rewrite():
             env = prepare(folder)
             new = text
             for block in blocks("console"):
-                parts = [f"$ {command}\n" + "".join(line.rstrip() + "\n" for line in run(command, folder, env)) for command, _ in commands(block)]
+                parts = []
+                for command, _ in commands(block):
+                    parts += [f"$ {command}\n", *(line.rstrip() + "\n" for line in run(command, folder, env))]
                 new = new.replace(f"```console\n{block}```", f"```console\n{''.join(parts)}```")
     README.write_text(new)
 

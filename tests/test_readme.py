@@ -25,7 +25,7 @@ def test_commands_print_what_is_shown(tmp_path):
 
 
 def test_first_lines_to_paste():
-    """The README has two shell lines: one installs and prints text, one installs the test extra and runs the tests; .ci/run takes the second from there."""
+    """Two shell lines: one installs and prints text, one installs the test extra and runs the tests; .ci/run takes the second from there."""
     assert [block.strip() for block in readme.blocks("sh")] == [INSTALL, TEST]
     assert "grep -m 1 -F \"pip install '.[test]'\" README.md" in (readme.ROOT / ".ci" / "run").read_text()
     assert next(line for line in TEXT.splitlines() if "pip install '.[test]'" in line) == TEST

@@ -23,7 +23,7 @@ FLASH = {True: 1, False: 0}  # enum llama_flash_attn_type
 
 @lib.llama_log_callback
 def _quiet(level, text, _):
-    if level >= 4:  # errors
+    if level == 4:  # GGML_LOG_LEVEL_ERROR
         sys.stderr.write(text.decode(errors="replace"))
 
 

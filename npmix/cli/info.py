@@ -32,7 +32,8 @@ def _lines(found: dict):
     rows = [*found["weights"].items(), ("total", {**found["total"], "formats": []})]
     for kind, row in rows:
         formats = ", ".join(row["formats"])
-        yield f"{kind:<12}{row['tensors']:>8}{row['weights']:>16,}{size(row['bytes']):>12}{row['bits_per_weight']:>8.2f}  {formats}".rstrip()
+        counts = f"{kind:<12}{row['tensors']:>8}{row['weights']:>16,}"
+        yield f"{counts}{size(row['bytes']):>12}{row['bits_per_weight']:>8.2f}  {formats}".rstrip()
 
 
 @click.command(short_help="Show a model's config, weights by kind and sizes.")

@@ -30,23 +30,25 @@ class Number(click.ParamType):
 
 def model_option(command):
     """-m: the folder of the model."""
-    return click.option(
-        "-m", "--model", metavar="PATH", help="Hugging Face folder or packed store.  [default: the bundled model]"
-    )(command)
+    help = "Hugging Face folder or packed store.  [default: the bundled model]"
+    return click.option("-m", "--model", metavar="PATH", help=help)(command)
 
 
 def threads_option(command):
     """--threads, the same everywhere."""
-    return click.option("--threads", metavar="N", type=click.IntRange(1, 1024), help="Threads to compute with.  [default: physical cores]")(command)
+    help = "Threads to compute with.  [default: physical cores]"
+    return click.option("--threads", metavar="N", type=click.IntRange(1, 1024), help=help)(command)
 
 
 def engine_options(command):
     """How the engine is laid out."""
-    command = click.option("--kv", type=click.Choice(["f16", "f32"]), default="f16", show_default=True, help="Numbers in the KV cache.")(command)
-    command = click.option("--chunk", metavar="N", type=click.IntRange(1), help="Prompt tokens computed at a time.")(command)
-    command = click.option(
-        "--context", metavar="N", type=click.IntRange(1), help="Positions of the KV cache.  [default: the model's maximum, at most 4096]"
-    )(command)
+    context = "Positions of the KV cache.  [default: the model's maximum, at most 4096]"
+    for option in (
+        click.option("--kv", type=click.Choice(["f16", "f32"]), default="f16", show_default=True, help="Numbers in the KV cache."),
+        click.option("--chunk", metavar="N", type=click.IntRange(1), help="Prompt tokens computed at a time."),
+        click.option("--context", metavar="N", type=click.IntRange(1), help=context),
+    ):
+        command = option(command)
     return threads_option(command)
 
 

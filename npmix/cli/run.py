@@ -18,6 +18,10 @@ from .options import Number, engine_options, model_option, utf8
 from .output import figures, follow, write
 
 
+SEED = click.IntRange(0, (1 << 64) - 1)
+COUNT = click.IntRange(1, (1 << 31) - 1)
+
+
 def read_prompt(prompt, file) -> str | None:
     """The prompt from the argument, the file or standard input; None on a terminal: a session. Text is taken as it is."""
     if prompt is not None and file is not None:
@@ -37,13 +41,13 @@ def sampling_options(command):
     for option in (
         click.option("--ignore-eos", is_flag=True, help="Go on after the model's end token."),
         click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times."),
-        click.option("--seed", metavar="N", type=click.IntRange(0, (1 << 64) - 1), help="Same seed, same text.  [default: random, shown on stderr]"),
+        click.option("--seed", metavar="N", type=SEED, help="Same seed, same text.  [default: random, shown on stderr]"),
         click.option("--repetition-penalty", type=Number(0.01, 100), default=1.0, help="Above 1: less of what was said.  [default: 1]"),
         click.option("--min-p", type=Number(0, 1), default=0.0, help="Drop tokens below this share of the best one's probability."),
         click.option("--top-p", type=Number(1e-6, 1), help="Choose among the likeliest that sum to this.  [default: 0.95]"),
         click.option("--top-k", metavar="N", type=click.IntRange(0), default=0, help="Choose among this many; 0: all.  [default: 0]"),
         click.option("--temperature", type=Number(0, 100), help="0: always the likeliest.  [default: bundled model 0, else 0.7]"),
-        click.option("-n", "--max-tokens", metavar="N", type=click.IntRange(1, (1 << 31) - 1), default=256, show_default=True, help="Tokens to make at most."),
+        click.option("-n", "--max-tokens", metavar="N", type=COUNT, default=256, show_default=True, help="Tokens to make at most."),
     ):
         command = option(command)
     return command

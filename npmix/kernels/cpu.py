@@ -41,6 +41,11 @@ def is_windows() -> bool:
     return sys.platform == "win32"
 
 
+def wide_registers() -> bool:
+    """Whether there are 32 registers of 16 lanes (AVX-512), not 16 or 32 narrower ones."""
+    return "avx512f" in features()
+
+
 _wrong: set[str] = set()
 
 

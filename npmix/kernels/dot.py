@@ -60,11 +60,16 @@ def _by_parts(builder, acc, codes, inputs, lanes, part):
             shuffle(builder, inputs, range(4 * at, 4 * (at + lanes))),
         )
         whole.append(piece)
-    while len(whole) > 1:
-        width = whole[0].type.count
+    return _join(builder, whole)
+
+
+def _join(builder, parts):
+    """One vector of all the lanes of several."""
+    while len(parts) > 1:
+        width = parts[0].type.count
         mask = const_vector("i32", 2 * width, list(range(2 * width)))
-        whole = [builder.shuffle_vector(a, b, mask) for a, b in zip(whole[::2], whole[1::2])]
-    return whole[0]
+        parts = [builder.shuffle_vector(a, b, mask) for a, b in zip(parts[::2], parts[1::2])]
+    return parts[0]
 
 
 def _vnni256(builder, acc, codes, inputs):
@@ -104,3 +109,32 @@ def _plain_dot4(builder, acc, codes, inputs):
         b = builder.sext(shuffle(builder, inputs, lanes), vector("i32", 16))
         acc = builder.add(acc, builder.mul(a, b))
     return acc
+
+
+# ---- 16-bit sums, where the form has them -----------------------------------------------------------
+
+NARROW_DOTS = 8  # dots a 16-bit pair can take: 8 * 2 * 15 * 127 = 30,480
+
+
+def has_narrow(zero):
+    """Whether pairs of products may be added in 16 bits first: on AVX2 that saves a multiplication and an addition in three."""
+    return zero == 8 and cpu.form() == "avx2"
+
+
+def emit_dot_narrow(builder, acc, codes, inputs):
+    """Add 32 pairs of products to <32 x i16>; at most NARROW_DOTS times before `emit_widen`."""
+    halves = []
+    for at in (0, 32):
+        lanes = range(at, at + 32)
+        pair = shuffle(builder, codes, lanes), shuffle(builder, inputs, lanes)
+        halves.append(call(builder, "llvm.x86.avx2.pmadd.ub.sw", vector("i16", 16), *pair))
+    return builder.add(acc, _join(builder, halves))
+
+
+def emit_widen(builder, acc, narrow):
+    """Add the neighbouring 16-bit sums of each lane to the 32-bit accumulator."""
+    halves = []
+    for at in (0, 16):
+        part = shuffle(builder, narrow, range(at, at + 16))
+        halves.append(call(builder, "llvm.x86.avx2.pmadd.wd", vector("i32", 8), part, const_vector("i16", 16, 1)))
+    return builder.add(acc, _join(builder, halves))

@@ -8,7 +8,7 @@ import functools
 
 from ..formats import DENSE, span_bytes
 from ._jit import njit
-from .tile import HEIGHT, dense_tile, packed_tile
+from .tile import BLOCKS, HEIGHT, dense_tile, packed_tile
 
 
 def act_bytes(cols, group):
@@ -40,7 +40,7 @@ def n_tiles(tokens):
 
 def _packed(name, group):
     one = packed_tile(name, group, 1, 1)  # decode: one stream of memory
-    t1, t2, t3, t4, t5, t6 = [packed_tile(name, group, 2, h) for h in range(1, HEIGHT + 1)]
+    t1, t2, t3, t4, t5, t6 = [packed_tile(name, group, BLOCKS, min(h, HEIGHT)) for h in range(1, 7)]
     whole = span_bytes(name, group)
 
     @njit
@@ -68,8 +68,8 @@ def _packed(name, group):
             return
         token_bytes = n_groups * (group + 8)
         tiles = n_tiles(tokens)
-        for block in range(first, last, 2):
-            both = block + 1 < last  # an odd last block is paired with itself
+        for block in range(first, last, BLOCKS):
+            both = block + BLOCKS <= last  # an odd last block is paired with itself
             for i in range(tiles):
                 start = i * tokens // tiles
                 height = (i + 1) * tokens // tiles - start
@@ -80,7 +80,7 @@ def _packed(name, group):
 
 
 def _dense(name):
-    t1, t2, t3, t4, t5, t6 = [dense_tile(name, 4, h) for h in range(1, HEIGHT + 1)]
+    t1, t2, t3, t4, t5, t6 = [dense_tile(name, 4, min(h, HEIGHT)) for h in range(1, 7)]
     size = DENSE[name]
 
     @njit

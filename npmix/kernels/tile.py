@@ -22,7 +22,8 @@ import numpy as np
 from numba.core import cgutils
 
 from ..formats import PACKED, span_bytes
-from .dot import emit_dot4, emit_dot_start, emit_splat4
+from . import cpu
+from .dot import NARROW_DOTS, emit_dot4, emit_dot_narrow, emit_dot_start, emit_splat4, emit_widen, has_narrow
 from .simd import (
     const_i64,
     const_vector,
@@ -46,7 +47,9 @@ from .simd import (
     void,
 )
 
-HEIGHT = 6  # tokens of the tallest tile: 2 row blocks x 6 are 12 integer and 12 float accumulators of 32 registers
+# The tallest tile: 2 row blocks x 6 tokens are 12 integer and 12 float accumulators of AVX-512's 32 registers;
+# where 16 lanes take several registers, 1 x 4 keeps the integer ones from spilling.
+BLOCKS, HEIGHT = (2, 6) if cpu.wide_registers() else (1, 4)
 AHEAD = 4096  # bytes a single token's tile fetches ahead: hardware stops at the end of a 4 KiB page
 
 
@@ -73,7 +76,7 @@ def packed_tile(name, group, blocks, height):
     zero, step = PACKED[name].zero, PACKED[name].step
     whole, lines = span_bytes(name, group), group // PACKED[name].step
     cells = [(r, t) for r in range(blocks) for t in range(height)]
-    chains = max(1, min(4, 8 // len(cells)))  # few cells: split each sum, or the dot's latency shows
+    chains = 1 if has_narrow(zero) else max(1, min(4, 8 // len(cells)))  # few cells: split each sum, or the dot's latency shows
 
     def emit(builder, w, block_bytes, n_groups, acts, out, out_bytes, next_block):
         f32x16, i32x16 = vector("f32", 16), vector("i32", 16)
@@ -82,6 +85,7 @@ def packed_tile(name, group, blocks, height):
         sums = builder.add(scales, builder.mul(n_groups, const_i64(4 * height)))
         total = {c: cgutils.alloca_once_value(builder, const_vector("f32", 16, 0.0)) for c in cells}
         part = {(c, k): cgutils.alloca_once(builder, i32x16) for c in cells for k in range(chains)}
+        narrow = {c: cgutils.alloca_once(builder, vector("i16", 32)) for c in cells} if has_narrow(zero) else {}
         bases = [builder.add(w, builder.mul(block_bytes, const_i64(r))) for r in range(blocks)]
 
         def dot_line(at, line_index, inputs):
@@ -94,8 +98,12 @@ def packed_tile(name, group, blocks, height):
                 for t in range(height):
                     x = emit_splat4(builder, builder.add(inputs, const_i64(4 * (j * height + t))))
                     for r in range(blocks):
-                        cell = part[(r, t), (line_index * (step // 4) + j) % chains]
-                        builder.store(emit_dot4(builder, builder.load(cell), codes[r][j], x, zero), cell)
+                        if narrow:
+                            cell = narrow[r, t]
+                            builder.store(emit_dot_narrow(builder, builder.load(cell), codes[r][j], x), cell)
+                        else:
+                            cell = part[(r, t), (line_index * (step // 4) + j) % chains]
+                            builder.store(emit_dot4(builder, builder.load(cell), codes[r][j], x, zero), cell)
 
         with cgutils.for_range(builder, n_groups, intp=scalar("i64")) as loop:
             g = loop.index
@@ -110,12 +118,17 @@ def packed_tile(name, group, blocks, height):
                     for k in range(chains):
                         builder.store(start if k == 0 else const_vector("i32", 16, 0), part[(r, t), k])
             unroll = lines if lines * len(cells) * step // 4 <= 96 else min(lines, 4)
+            unroll = NARROW_DOTS * 4 // step if narrow else unroll
             with cgutils.for_range(builder, const_i64(lines // unroll), intp=scalar("i64")) as inner:
                 first = builder.mul(inner.index, const_i64(unroll))
+                for cell in narrow.values():
+                    builder.store(const_vector("i16", 32, 0), cell)
                 for i in range(unroll):
                     line = builder.add(first, const_i64(i))
                     at = builder.add(codes_at, builder.mul(line, const_i64(64)))
                     dot_line(at, i, builder.add(inputs, builder.mul(line, const_i64(step * height))))
+                for c, cell in narrow.items():
+                    builder.store(emit_widen(builder, builder.load(part[c, 0]), builder.load(cell)), part[c, 0])
             scale_at = builder.add(span, builder.mul(half, const_i64(32)))
             w_scale = [emit_load_f16(builder, builder.add(b, scale_at)) for b in bases]
             for t in range(height):

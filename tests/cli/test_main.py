@@ -69,10 +69,10 @@ def test_version():
     assert run.stdout == f"npmix {__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["nothing"], ["run", "--nothing"], ["convert", "a"], ["run", "--top-p", "nan", "x"], ["run", "-n", "0", "x"]])
-def test_usage_errors_exit_with_2(arguments):
+@pytest.mark.parametrize("words", ["nothing", "run --nothing", "convert a", "run --top-p nan x", "run -n 0 x"])
+def test_usage_errors_exit_with_2(words):
     """What click refuses ends with 2, on stderr, without a traceback."""
-    result = CliRunner().invoke(cli.main, arguments)
+    result = CliRunner().invoke(cli.main, words.split())
     assert result.exit_code == 2
     assert result.stdout == "" and "Error" in result.stderr and "Traceback" not in result.stderr
 

@@ -1,6 +1,8 @@
 """What `test_forms.py` runs in this process and, for other forms of the machine code, in children: all kernels on fixed input.
 
-    python forms_probe.py OUT.npz [FOLDER]     the kernels' results, and with FOLDER logits of the models in it
+    python forms_probe.py OUT.npz              products alone: the int8 dot is all that has forms
+    python forms_probe.py OUT.npz -            all kernels
+    python forms_probe.py OUT.npz FOLDER       all kernels, and logits of the models in FOLDER
 """
 
 import sys
@@ -13,16 +15,17 @@ from test_matmul import _fill, activations, product, weights
 from test_ops import exp2
 from test_router import choice
 
+from npmix.kernels.attention import attend
 from npmix.kernels.matmul import matmul
 from npmix.kernels.rows import quantise_row, rms_norm, rope, swiglu
 
 F = np.float32
-FORMATS = [("q8", 64), ("q4", 64), ("q4", 32), ("bf16", 0)]
+FORMATS = [("q8", 64), ("q4", 64), ("bf16", 0)]
 IDS = np.random.default_rng(0).integers(3, 384, 40)
 
 
-def kernels() -> dict[str, np.ndarray]:
-    """Results of the kernels by name, integers as integers."""
+def products() -> dict[str, np.ndarray]:
+    """Matrix products and the activations they take, by name."""
     rng, results = np.random.default_rng(11), {}
     for name, group in FORMATS:
         tensor, _ = weights(name, group, 50, 300, 7)
@@ -30,6 +33,12 @@ def kernels() -> dict[str, np.ndarray]:
         results[f"matmul {name} {group} 7"] = product(matmul(name, group), tensor, x, 0, 4)
         results[f"matmul {name} {group} 1"] = product(matmul(name, group), tensor, x[:1], 0, 4)
         results[f"acts {group}"] = activations(x, group).array if group else np.zeros(0, np.uint8)
+    return results
+
+
+def kernels() -> dict[str, np.ndarray]:
+    """Results of all kernels by name, integers as integers."""
+    rng, results = np.random.default_rng(12), products()
     results["exp2"] = exp2(np.linspace(-130, 130, 4096))
     row, other, out = memory(rng.standard_normal(256).astype(F)), memory(rng.standard_normal(256).astype(F)), Memory(256, F)
     results["squares"] = np.array([rms_norm(row.at, other.at, 250, 256, F(1e-5), out.at)], F)
@@ -75,21 +84,17 @@ def logits(folder) -> dict[str, np.ndarray]:
 
 
 def assembly() -> str:
-    """The machine code of what was compiled here: matrix products, activations, attention."""
-    from npmix.kernels.attention import attend
-
-    compiled = [matmul(*pair) for pair in FORMATS] + [_fill, rms_norm, swiglu, attend("f16"), attend("f32")]
-    texts = [text for function in compiled for text in function.inspect_asm().values()]
-    assert len(texts) >= len(compiled)
-    return "\n".join(texts)
+    """The machine code of what was compiled here: matrix products, activations, and the rest where it was run."""
+    compiled = [*(matmul(*pair) for pair in FORMATS), _fill, rms_norm, swiglu, attend("f16"), attend("f32")]
+    return "\n".join(text for function in compiled for text in function.inspect_asm().values())
 
 
 def main(out, folder=None):
     from npmix.kernels import cpu
     from npmix.kernels._jit import DISABLED, cache_counts
 
-    results = kernels()
-    if folder:
+    results = kernels() if folder else products()
+    if folder and folder != "-":
         results |= logits(Path(folder))
     np.savez(out, **results)
     code = "" if DISABLED else assembly()

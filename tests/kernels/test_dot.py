@@ -82,7 +82,8 @@ def test_every_form_gives_the_plain_integers(form, zero, monkeypatch):
 def test_the_form_follows_the_features(monkeypatch):
     """The best form whose instructions Numba compiles for; NPMIX_FORM names one outright, and an unknown name is refused."""
     monkeypatch.delenv("NPMIX_FORM", raising=False)
-    ask = cpu.form.__wrapped__
+    monkeypatch.setattr(cpu, "_best_form", cpu._best_form.__wrapped__)
+    ask = cpu.form
     vnni = {"avx512vnni", "avx512bw", "avx512vl", "avx512f"}
     base = {"avx2", "fma", "f16c"}
     monkeypatch.setattr(cpu.platform, "machine", lambda: "x86_64")
@@ -105,3 +106,11 @@ def test_the_form_follows_the_features(monkeypatch):
     monkeypatch.setenv("NPMIX_FORM", "sse9")
     with pytest.raises(ConfigError, match="sse9.*plain"):
         ask()
+
+
+def test_a_distrusted_form_is_not_chosen(monkeypatch):
+    """A form that gave wrong results in this process gives way to the plain one."""
+    monkeypatch.setattr(cpu, "_wrong", set())
+    best = cpu.form()
+    cpu.distrust(best)
+    assert cpu.form() == "plain"

@@ -24,9 +24,9 @@ def native():
     return kernels()
 
 
-def probe(tmp_path, *folder, **env):
+def probe(tmp_path, *what, **env):
     """(results by name, printed words) of the probe in a child."""
-    words = child(PROBE, tmp_path / "cache", tmp_path / "out.npz", *folder, **env).stdout.split()
+    words = child(PROBE, tmp_path / "cache", tmp_path / "out.npz", *what, timeout=900, **env).stdout.split()
     with np.load(tmp_path / "out.npz") as file:
         return dict(file), words
 
@@ -34,10 +34,10 @@ def probe(tmp_path, *folder, **env):
 @pytest.mark.compiled
 @pytest.mark.parametrize("form", [form for form in FORMS if form not in (cpu.form(), "avx2")])
 def test_every_form_gives_the_native_bits(form, native, tmp_path):
-    """Each form that this CPU can run, asked for by NPMIX_FORM: every kernel's result is the native one, bit for bit."""
+    """Each form that this CPU can run, asked for by NPMIX_FORM: every matrix product is the native one, bit for bit."""
     results, words = probe(tmp_path, NPMIX_FORM=form)
-    assert words[0] == form and results.keys() == native.keys()
-    for name in native:
+    assert words[0] == form and {"matmul q4 64 1", "matmul q4 64 7", "matmul q8 64 1", "matmul q8 64 7"} <= results.keys()
+    for name in results:
         assert same_bits(results[name], native[name]), name
 
 
@@ -45,7 +45,7 @@ def test_every_form_gives_the_native_bits(form, native, tmp_path):
 @pytest.mark.compiled
 def test_the_twins_agree(native, tmp_path):
     """Without the JIT the same kernels run on NumPy twins: integers are equal, floats within 2 units of the last place."""
-    results, words = probe(tmp_path, NUMBA_DISABLE_JIT="1")
+    results, _ = probe(tmp_path, "-", NUMBA_DISABLE_JIT="1")
     assert results.keys() == native.keys()
     for name, value in native.items():
         if value.dtype == np.float32:

@@ -12,7 +12,7 @@ from npmix.kernels._jit import DISABLED, njit
 from npmix.kernels.ops import atomic_add, get_i64, put_i64
 from npmix.kernels.team import Team, barrier
 
-ROUNDS = 300
+ROUNDS = 40
 
 
 @njit

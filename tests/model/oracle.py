@@ -23,6 +23,7 @@ KINDS = {
     "mistral without a window": {"mistral": True, "sliding_window": None, "num_key_value_heads": 4},
     "mistral with one key": {"mistral": True, "sliding_window": 1, "tie_word_embeddings": True},
 }  # fmt: skip
+GOLDEN_KINDS = ("mixtral", "eight experts", "one of three", "odd sizes", "many heads", "smallest", "tied", "mixtral with a window", "mistral")
 
 
 def make_model(path, kind, **options):
