@@ -31,7 +31,9 @@ def read_prompt(prompt, file) -> str | None:
     if file is not None:
         if str(file) != "-":
             return utf8(file.read_bytes(), str(file))
-    elif sys.stdin is None or sys.stdin.isatty():
+    elif sys.stdin is None:  # a program without a console
+        return ""
+    elif sys.stdin.isatty():
         return None
     return utf8(sys.stdin.buffer.read(), "standard input")
 

@@ -230,6 +230,7 @@ def attend(kv):
             own = position + (offset + r) // heads - start
             part = parts + r * 4 * (16 + width)
             softmax_row(scores + 4 * BLOCK * r, begin, end, own - window + 1, own + 1, part)
+        end = min(BLOCK, last + 1 - start)  # no further: weight 0 times a NaN that an earlier sequence left there is NaN
         at = values + slot * values_bytes
         values_of(rows, scores, at, width, begin, end, parts + 64, 4 * (16 + width), keys + following * keys_bytes)
 

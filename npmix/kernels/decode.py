@@ -1,8 +1,9 @@
 """Decode: one token through the layers, every member of the team on its share of each phase.
 
-One hard fact: decode reads each weight once and does little with it, so shares are contiguous runs of
-row blocks (one stream of memory a member), and what is cheap (norms, router, quantisation of the
-input) every member does for itself rather than wait for another.
+One hard fact: decode reads each weight once and does little with it, so a share is a long run of memory.
+What is cheap (norms, router, quantisation of the input) every member does for itself rather than wait for
+another; what is dear is taken in turns from a counter, because two cores of a shared machine are seldom
+equally fast. Counters must be 0 at the start.
 """
 
 from numpy import float32 as F
@@ -11,10 +12,13 @@ from ..formats import EXPERT_UNIT
 from ._jit import njit
 from .attention import BLOCK, TALLEST, clear, finish, merge
 from .matmul import act_bytes
-from .ops import add, fma, get_f32, get_i32, load_f32, splat_f32, store_f32
+from .ops import add, atomic_add, fma, get_f32, get_i32, load_f32, splat_f32, store_f32
 from .phases import NONE, ONE, add_rows, blocks_of, end_phase, expert_unit, head_row, norm_and_check, norm_and_quantise, qkv_blocks, route, scratch, source_of, unit_to_acts
 from .rows import embed, quantise_row
 from .tables import *  # noqa: F403  (the columns)
+
+UNIT = 4  # row blocks of w_down a member takes at a time
+HEAD_UNIT = 16  # row blocks of the output matrix
 
 
 @njit(inline=True)
@@ -24,14 +28,23 @@ def decode(mm, attend_block, write, kv_size, m, layers, token, position, first, 
         embed(m[EMBEDDINGS], m[EMBEDDINGS_FORMAT], m[EMBEDDINGS_GROUP], token, m[DIM], m[X])
     end_phase(m, T_EMBED, index, members)
     for layer in range(first, last):
-        attention(mm, attend_block, write, kv_size, m, layers, layer, position, index, members)
-        feed_forward(mm, m, layers, layer, index, members)
+        attention(mm, attend_block, write, kv_size, m, layers, layer, layer - first, position, index, members)
+        feed_forward(mm, m, layers, layer, layer - first, index, members)
     if logits:
         head(mm, m, logits, index, members)
 
 
 @njit(inline=True)
-def attention(mm, attend_block, write, kv_size, m, layers, layer, position, index, members):
+def take(m, counter, items, round, members):
+    """The next item of a phase that is gone through once a layer, `items` or more when there is none left.
+
+    Each round takes items + members off the counter: every member finds the end once.
+    """
+    return atomic_add(m[COUNTERS] + counter, 1) - round * (items + members)
+
+
+@njit(inline=True)
+def attention(mm, attend_block, write, kv_size, m, layers, layer, round, position, index, members):
     row, act = scratch(m, S_ROW, index), scratch(m, S_ACT, index)
     norm_and_quantise(m, m[X], layers[layer, ATTENTION_NORM], source_of(layer), m[GROUP_0 + layers[layer, WQ_SLOT]], row, act)
     q, kv = m[Q_WIDTH] // 16, m[KV_WIDTH] // 16
@@ -45,7 +58,7 @@ def attention(mm, attend_block, write, kv_size, m, layers, layer, position, inde
     for item in range(index, m[N_HEADS] + 2 * m[N_KV_HEADS], members):
         head_row(m, kv_size, write, layer, item, m[QKV], NONE, position, scratch(m, S_SCORES, index))
     end_phase(m, T_ROPE, index, members)
-    blocks(attend_block, kv_size, m, layer, position, index, members)
+    blocks(attend_block, kv_size, m, layer, round, position, index, members)
     end_phase(m, T_ATTENTION, index, members)
     oldest = max(0, position - m[WINDOW] + 1) // BLOCK
     running, part_bytes = scratch(m, S_RUNNING, index), 4 * (16 + m[V_WIDTH])
@@ -64,14 +77,15 @@ def attention(mm, attend_block, write, kv_size, m, layers, layer, position, inde
 
 
 @njit(inline=True)
-def blocks(attend_block, kv_size, m, layer, position, index, members):
+def blocks(attend_block, kv_size, m, layer, round, position, index, members):
     """Attention's blocks of positions by kv head, each result in its own place of PARTS."""
     dim, width, capacity = m[HEAD_DIM], m[V_WIDTH], m[CAPACITY]
     shared = m[N_HEADS] // m[N_KV_HEADS]
     oldest = max(0, position - m[WINDOW] + 1) // BLOCK
     count = position // BLOCK - oldest + 1
-    part_bytes = 4 * (16 + width)
-    for item in range(m[N_KV_HEADS] * count * index // members, m[N_KV_HEADS] * count * (index + 1) // members):
+    part_bytes, items = 4 * (16 + width), m[N_KV_HEADS] * count
+    item = take(m, COUNT_ATTENTION, items, round, members)
+    while item < items:
         head, b = item // count, item % count
         keys = m[KEYS] + layer * m[KEYS_LAYER_BYTES] + kv_size * capacity * head * dim
         values = m[VALUES] + layer * m[VALUES_LAYER_BYTES] + kv_size * capacity * head * width
@@ -83,10 +97,11 @@ def blocks(attend_block, kv_size, m, layer, position, index, members):
             scores = scratch(m, S_SCORES, index)
             at = q + 4 * dim * r
             attend_block(at, 4 * dim, rows, r, position, shared, m[WINDOW], start, capacity, keys, values, dim, width, scores, parts)
+        item = take(m, COUNT_ATTENTION, items, round, members)
 
 
 @njit(inline=True)
-def feed_forward(mm, m, layers, layer, index, members):
+def feed_forward(mm, m, layers, layer, round, index, members):
     """Router, then the chosen experts: gate and up with SwiGLU in units, down in row blocks, summed in expert order."""
     row, act = scratch(m, S_ROW, index), scratch(m, S_ACT, index)
     experts, active = scratch(m, S_CHOICE, index), m[N_ACTIVE]
@@ -99,21 +114,26 @@ def feed_forward(mm, m, layers, layer, index, members):
     group = m[GROUP_0 + down]
     h_bytes = act_bytes(hidden, group)
     gate, up = scratch(m, S_GATE, index), scratch(m, S_UP, index)
-    for item in range(active * units * index // members, active * units * (index + 1) // members):
+    item = take(m, COUNT_GATE, active * units, round, members)
+    while item < active * units:
         a, unit = item // units, item % units
         expert_unit(mm, m, layers, layer, get_i32(experts + 4 * a), unit, act, ONE, gate, up)
         unit_to_acts(gate, unit, hidden, group, m[H_ACTS] + a * h_bytes, ONE, NONE)
+        item = take(m, COUNT_GATE, active * units, round, members)
     end_phase(m, T_GATE_UP, index, members)
-    begin, end = blocks_of(m[DIM]) * index // members, blocks_of(m[DIM]) * (index + 1) // members
-    y_bytes = 4 * m[X_WIDTH]
-    for a in range(active):
-        w = layers[layer, EXPERTS + 3 * get_i32(experts + 4 * a) + 2]
-        mm(down, w, m[DIM], hidden, begin, end, m[H_ACTS] + a * h_bytes, ONE, m[Y] + a * y_bytes, NONE)
-    for k in range(64 * begin, 64 * end, 64):
-        total = splat_f32(F(0.0))
+    y_bytes, units = 4 * m[X_WIDTH], (blocks_of(m[DIM]) + UNIT - 1) // UNIT
+    item = take(m, COUNT_DOWN, units, round, members)
+    while item < units:
+        begin, end = item * UNIT, min(item * UNIT + UNIT, blocks_of(m[DIM]))
         for a in range(active):
-            total = fma(splat_f32(get_f32(weights + 4 * a)), load_f32(m[Y] + a * y_bytes + k), total)
-        store_f32(m[X] + k, add(load_f32(m[X] + k), total))
+            w = layers[layer, EXPERTS + 3 * get_i32(experts + 4 * a) + 2]
+            mm(down, w, m[DIM], hidden, begin, end, m[H_ACTS] + a * h_bytes, ONE, m[Y] + a * y_bytes, NONE)
+        for k in range(64 * begin, 64 * end, 64):
+            total = splat_f32(F(0.0))
+            for a in range(active):
+                total = fma(splat_f32(get_f32(weights + 4 * a)), load_f32(m[Y] + a * y_bytes + k), total)
+            store_f32(m[X] + k, add(load_f32(m[X] + k), total))
+        item = take(m, COUNT_DOWN, units, round, members)
     end_phase(m, T_DOWN, index, members)
 
 
@@ -123,5 +143,10 @@ def head(mm, m, logits, index, members):
     row, act, slot = scratch(m, S_ROW, index), scratch(m, S_ACT, index), m[OUTPUT_SLOT]
     norm_and_quantise(m, m[X], m[NORM], m[N_LAYERS], m[GROUP_0 + slot], row, act)
     count = blocks_of(m[VOCAB])
-    mm(slot, m[OUTPUT], m[VOCAB], m[DIM], count * index // members, count * (index + 1) // members, act, ONE, logits, NONE)
+    units = (count + HEAD_UNIT - 1) // HEAD_UNIT
+    unit = take(m, COUNT_LOGITS, units, NONE, members)
+    while unit < units:
+        begin, end = unit * HEAD_UNIT, min(unit * HEAD_UNIT + HEAD_UNIT, count)
+        mm(slot, m[OUTPUT], m[VOCAB], m[DIM], begin, end, act, ONE, logits, NONE)
+        unit = take(m, COUNT_LOGITS, units, NONE, members)
     end_phase(m, T_HEAD, index, members)

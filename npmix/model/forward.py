@@ -41,6 +41,7 @@ class Forward:
         """Logits (V,) after one token at `position`; its keys and values enter the cache."""
         m, row = self.state.m, self._row
         address = row.__array_interface__["data"][0]
+        self.state.array(t.COUNTERS)[:] = 0
         self.decode_team.run(self._kernel, DECODE, m, self.weights.layers, token, position, 0, self.config.n_layers, address)
         self._check(row, position, 1)
         return row[0, : self.config.vocab_size].copy()

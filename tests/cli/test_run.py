@@ -151,6 +151,20 @@ def test_ctrl_c_ends_the_text_cleanly(tiny):
     assert b"Traceback" not in error and b"text " in error.splitlines()[-1]
 
 
+def test_ctrl_c_while_the_prompt_is_computed(npmix_command, tiny, monkeypatch):
+    """SIGINT between two layers of the prompt: no text, exit code 130, no traceback."""
+    prefill = npmix.Engine.prefill
+
+    def interrupted(engine, ids, on_progress=None):
+        signal.raise_signal(signal.SIGINT)
+        return prefill(engine, ids, on_progress)
+
+    monkeypatch.setattr(npmix.Engine, "prefill", interrupted)
+    result = npmix_command("run", "-m", tiny, *GREEDY, PROMPT)
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert "text 0 tokens" in result.stderr and "Traceback" not in result.stderr
+
+
 @pytest.mark.compiled
 @pytest.mark.skipif(os.name != "posix", reason="pipes that report their closing")
 def test_closed_pipe_ends_the_text(tiny):
