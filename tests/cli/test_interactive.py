@@ -71,7 +71,13 @@ def test_ctrl_c_at_the_prompt_ends_with_130(tiny):
     """Ctrl-C where a line is read ends the session with 130 and no traceback."""
     terminal = Terminal("-m", tiny, "-n", 5)
     terminal.until(rb"> ")
-    os.kill(terminal.process.pid, signal.SIGINT)
+    for _ in range(100):  # readline may print its prompt a moment before it can be interrupted
+        os.kill(terminal.process.pid, signal.SIGINT)
+        try:
+            terminal.process.wait(timeout=1)
+            break
+        except subprocess.TimeoutExpired:
+            continue
     assert terminal.end() == 130
 
 

@@ -16,7 +16,8 @@ from npmix.convert import convert
 from npmix.kernels import cpu
 
 HASWELL = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+f16c,+bmi,+bmi2"}
-PROBE = f"import runpy, sys; sys.argv[0] = 'probe'; runpy.run_path({str(Path(__file__).with_name('forms_probe.py'))!r}, run_name='__main__')"
+SCRIPT = str(Path(__file__).with_name("forms_probe.py"))
+PROBE = f"import runpy, sys; sys.argv[0] = 'probe'; runpy.run_path({SCRIPT!r}, run_name='__main__')"
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,8 @@ def test_quantised_row(group):
         given, out = memory(x), Memory(n_groups * (group + 8), np.uint8)
         quantise_row(given.at, cols, group, out.at)
         expected = [quantised(x[g * group : (g + 1) * group], group) for g in range(n_groups)]
-        parts = [np.concatenate([e[0] for e in expected]), np.array([e[1] for e in expected], F), np.array([e[2] for e in expected], np.int32)]
+        codes, scales, sums = zip(*expected)
+        parts = [np.concatenate(codes), np.array(scales, F), np.array(sums, np.int32)]
         assert out.array.tobytes() == b"".join(p.tobytes() for p in parts) and out.intact()
 
 

@@ -44,7 +44,7 @@ def acts_of(x, x_scale, group):
     h, cols = x.shape
     codes = np.ascontiguousarray(x.reshape(h, -1, 4).transpose(1, 0, 2)).view(np.uint8).ravel()
     sums = x.astype(np.int32).reshape(h, -1, group).sum(2, dtype=np.int32)
-    return np.concatenate([codes, np.ascontiguousarray(x_scale.T).view(np.uint8).ravel(), np.ascontiguousarray(sums.T).view(np.uint8).ravel()])
+    return np.concatenate([codes, *(np.ascontiguousarray(a.T).view(np.uint8).ravel() for a in (x_scale, sums))])
 
 
 def packed_law(codes, scales, zero, group, x, x_scale):
