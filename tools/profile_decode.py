@@ -22,7 +22,9 @@ def phase_bytes(engine, depth: int) -> dict[str, int]:
     """Bytes that each phase of decoding one token at `depth` reads."""
     c, tensor = engine.config, engine.source.tensor
     size = lambda *names: sum(tensor(f"layers.{i}.{n}").nbytes for i in range(c.n_layers) for n in names)  # noqa: E731
-    experts = {n: sum(size(f"experts.{e}.{n}") for e in range(c.n_experts)) * c.n_active // c.n_experts for n in ("w_gate", "w_up", "w_down")}
+    experts = {
+        n: sum(size(f"experts.{e}.{n}") for e in range(c.n_experts)) * c.n_active // c.n_experts for n in ("w_gate", "w_up", "w_down")
+    }
     seen = min(depth + 1, c.sliding_window or depth + 1)
     return {
         "qkv": size("wq", "wk", "wv"),
@@ -72,11 +74,20 @@ def main(model, depth, tokens, prefill, threads, as_json):
         nbytes = {} if prefill else phase_bytes(engine, depth + tokens // 2)
     rows = {name: {"ms": 1e3 * s, "gbs": nbytes.get(name, 0) / s / 1e9} for name, s in zip(t.PHASES, inside) if s > 0}
     rows["outside kernels"] = {"ms": 1e3 * (wall / count - inside.sum()), "gbs": 0.0}
-    found = {"model": str(model), "threads": engine.threads, "ms": 1e3 * wall / count, "read_gbs": bandwidth / 1e9, "int8_gops": peak / 1e9, "phases": rows}
+    found = {
+        "model": str(model),
+        "threads": engine.threads,
+        "ms": 1e3 * wall / count,
+        "read_gbs": bandwidth / 1e9,
+        "int8_gops": peak / 1e9,
+        "phases": rows,
+    }
     if as_json:
         print(json.dumps(found))
         return
-    print(f"{found['ms']:.3f} ms a {'prefill' if prefill else 'token'}; memory read {bandwidth / 1e9:.1f} GB/s, int8 {peak / 1e9:.0f} GOP/s")
+    print(
+        f"{found['ms']:.3f} ms a {'prefill' if prefill else 'token'}; memory read {bandwidth / 1e9:.1f} GB/s, int8 {peak / 1e9:.0f} GOP/s"
+    )
     for name, row in rows.items():
         rate = f"{row['gbs']:6.1f} GB/s" if row["gbs"] else ""
         print(f"{name:16s} {row['ms']:9.3f} ms {100 * row['ms'] / found['ms']:5.1f} %  {rate}")

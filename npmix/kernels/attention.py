@@ -19,8 +19,42 @@ from numba.core import cgutils
 from numpy import float32 as F
 
 from ._jit import njit
-from .ops import add, exp2, first, fma, fma1, get_f32, keep_lanes, load_f32, max_f32, maximum, mul, put_f32, splat_f32, store_f32, sub, sum_f32
-from .simd import const_i64, const_vector, emit_fma, emit_load_f16, i64, load, op, peek, poke, prefetch, scalar, splat, store, twin_fma, vector, void
+from .ops import (
+    add,
+    exp2,
+    first,
+    fma,
+    fma1,
+    get_f32,
+    keep_lanes,
+    load_f32,
+    max_f32,
+    maximum,
+    mul,
+    put_f32,
+    splat_f32,
+    store_f32,
+    sub,
+    sum_f32,
+)
+from .simd import (
+    const_i64,
+    const_vector,
+    emit_fma,
+    emit_load_f16,
+    i64,
+    load,
+    op,
+    peek,
+    poke,
+    prefetch,
+    scalar,
+    splat,
+    store,
+    twin_fma,
+    vector,
+    void,
+)
 
 BLOCK = 256  # positions of a block: its merge costs one part in 128 of its work at head_dim 128
 STRIP = 64  # positions that lie side by side in the keys
@@ -85,7 +119,9 @@ def value_tile(kv, rows, vectors):
         with cgutils.for_range(builder, end, start=begin, intp=scalar("i64")) as loop:
             at = builder.add(values, builder.mul(loop.index, builder.mul(width, const_i64(size))))
             for line in range(0, 16 * size * vectors, 64) if rows >= FETCHING else ():
-                prefetch(builder, builder.add(ahead, builder.add(builder.mul(loop.index, builder.mul(width, const_i64(size))), const_i64(line))))
+                prefetch(
+                    builder, builder.add(ahead, builder.add(builder.mul(loop.index, builder.mul(width, const_i64(size))), const_i64(line)))
+                )
             row = [emit_load(builder, builder.add(at, const_i64(16 * size * v))) for v in range(vectors)]
             for r in range(rows):
                 x = load(builder, builder.add(p_rows[r], builder.mul(loop.index, const_i64(4))), scalar("f32"))

@@ -13,7 +13,22 @@ from ._jit import njit
 from .attention import BLOCK, TALLEST, clear, finish, merge
 from .matmul import act_bytes
 from .ops import add, atomic_add, fma, get_f32, get_i32, load_f32, splat_f32, store_f32
-from .phases import NONE, ONE, add_rows, blocks_of, end_phase, expert_unit, head_row, norm_and_check, norm_and_quantise, qkv_blocks, route, scratch, source_of, unit_to_acts
+from .phases import (
+    NONE,
+    ONE,
+    add_rows,
+    blocks_of,
+    end_phase,
+    expert_unit,
+    head_row,
+    norm_and_check,
+    norm_and_quantise,
+    qkv_blocks,
+    route,
+    scratch,
+    source_of,
+    unit_to_acts,
+)
 from .rows import embed, quantise_row
 from .tables import *  # noqa: F403  (the columns)
 

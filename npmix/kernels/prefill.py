@@ -15,7 +15,21 @@ from ._jit import njit
 from .attention import BLOCK, TALLEST, clear, finish, merge
 from .matmul import act_bytes, n_tiles
 from .ops import add, atomic_add, fma, get_f32, get_i32, load_f32, put_i32, splat_f32, store_f32
-from .phases import NONE, add_rows, blocks_of, end_phase, expert_unit, head_row, norm_and_check, norm_and_quantise, qkv_blocks, route, scratch, source_of, unit_to_acts
+from .phases import (
+    NONE,
+    add_rows,
+    blocks_of,
+    end_phase,
+    expert_unit,
+    head_row,
+    norm_and_check,
+    norm_and_quantise,
+    qkv_blocks,
+    route,
+    scratch,
+    source_of,
+    unit_to_acts,
+)
 from .rows import embed, put_in_tile, quantise_row
 from .tables import *  # noqa: F403  (the columns)
 
@@ -121,7 +135,9 @@ def attention(attend_block, kv_size, m, layer, tokens, position, skip, index, me
             for r in range(0, rows, TALLEST):
                 n = min(TALLEST, rows - r)
                 if at + (r + n - 1) // shared >= start:
-                    attend_block(q + 4 * dim * r, 4 * dim, n, r, at, shared, m[WINDOW], start, capacity, keys, values, dim, width, scores, parts)
+                    attend_block(
+                        q + 4 * dim * r, 4 * dim, n, r, at, shared, m[WINDOW], start, capacity, keys, values, dim, width, scores, parts
+                    )
                     for i in range(n):
                         merge(running + (r + i) * part_bytes, parts + i * part_bytes, width)
         for r in range(rows):

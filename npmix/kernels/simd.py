@@ -98,7 +98,16 @@ def op(ret, args, twin):
 
 def scalar(element):
     """An LLVM number type by its short name."""
-    return {"f16": ir.HalfType(), "f32": _f32, "i1": ir.IntType(1), "i8": _i8, "i16": _i16, "i32": _i32, "i64": _i64, "void": ir.VoidType()}[element]
+    return {
+        "f16": ir.HalfType(),
+        "f32": _f32,
+        "i1": ir.IntType(1),
+        "i8": _i8,
+        "i16": _i16,
+        "i32": _i32,
+        "i64": _i64,
+        "void": ir.VoidType(),
+    }[element]
 
 
 def vector(element, lanes):

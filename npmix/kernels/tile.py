@@ -145,6 +145,10 @@ def packed_tile(name, group, blocks, height):
             at = builder.add(builder.mul(out_bytes, const_i64(t)), builder.mul(next_block, const_i64(r)))
             store(builder, builder.load(total[r, t]), builder.add(out, at))
 
+    return op(void, (i64,) * 7, _packed_twin(name, group, blocks, height))(emit)
+
+
+def _packed_twin(name, group, blocks, height):
     def twin(w, block_bytes, n_groups, acts, out, out_bytes, next_block):
         codes, w_scale = zip(*(twin_row_block(name, group, w + r * block_bytes, n_groups) for r in range(blocks)))
         codes, w_scale = np.concatenate(codes), np.concatenate(w_scale)
@@ -159,7 +163,7 @@ def packed_tile(name, group, blocks, height):
             for r in range(blocks):
                 poke(out + t * out_bytes + r * next_block, y[t, 16 * r : 16 * r + 16])
 
-    return op(void, (i64,) * 7, twin)(emit)
+    return twin
 
 
 def twin_row_block(name, group, address, n_groups):
@@ -210,9 +214,7 @@ def dense_tile(name, rows, height):
             accumulate(builder.mul(loop.index, const_i64(16)), lambda v: v)
         tail = builder.and_(cols, const_i64(15))
         with builder.if_then(builder.icmp_signed("!=", tail, const_i64(0))):
-            new = builder.icmp_signed(
-                ">=", const_vector("i64", 16, list(range(16))), splat(builder, builder.sub(const_i64(16), tail))
-            )
+            new = builder.icmp_signed(">=", const_vector("i64", 16, list(range(16))), splat(builder, builder.sub(const_i64(16), tail)))
             zero = const_vector("f32", 16, 0.0)
             accumulate(builder.sub(cols, const_i64(16)), lambda v: builder.select(new, v, zero))
         for r, t in cells:
