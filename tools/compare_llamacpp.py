@@ -1,24 +1,26 @@
 """npmix against llama.cpp on the same shapes and the same bits, each beside the ceiling of the machine at that minute.
 
-    pip install llama-cpp-python gguf                                       (its source distribution compiles llama.cpp; or see --llama-bench)
+    pip install llama-cpp-python gguf                                       (compiles llama.cpp; or see --llama-bench)
     python tools/compare_llamacpp.py --work DIR --json FILE                 all rows; at most 25 minutes
     python tools/compare_llamacpp.py --work DIR --rows decode,prefill_512   some; what DIR holds is used again
 
 One hard fact: the bandwidth of a shared machine halves and doubles for minutes at a time. So ceiling, npmix, ceiling, llama.cpp
-run in turns; ratio and share are quotients within a turn, and the median over the turns is what counts.
+run in turns; ratio and share are quotients within a turn, and the median over the turns is what counts. Run it on a machine that does
+nothing else: llama.cpp's threads spin at barriers and lose far more than npmix to any other program (each turn notes `other_cores`).
 
 Random full-width Mixtrals with near-uniform routing, every matrix at 4.5 bits on both sides (`npmix convert --quant q4 --uniform`, Q4_0):
-4 layers; one layer for decode at depth, where only the cache differs; two for a long prompt, as both programs skip the last layer's experts.
+4 layers; one layer for decode at depth; two for a long prompt, as both programs skip the last layer's experts.
 `decode_shipped` is the profile `--quant q4` with its own bytes beside the same llama.cpp. A token's ceiling:
 
     decode        the bytes it needs (all matrices but unchosen experts, keys and values), over the read bandwidth
     prefill_512   the operations by weights it needs, over the int8 peak
-    prefill_16    the larger of that, and of every expert's bytes (in the last layer: the chosen ones') and the other matrices' over the bandwidth
+    prefill_16    the larger of that, and of the bytes of all matrices (in the last layer: of the chosen experts only) over the bandwidth
     prefill_8192  as prefill_512, and attention's operations over the float32 peak; `attention` is attention's share of that peak by itself
 """
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -40,6 +42,7 @@ from npmix.store import open_store  # noqa: E402
 from npmix.threads import default_threads  # noqa: E402
 
 LIMIT = 25 * 60  # seconds
+PROBING = 180  # seconds a row may spend on finding llama.cpp's best settings
 SIZES = ("dim", "hidden", "heads", "kv_heads", "head_dim", "experts", "active", "vocab")
 
 
@@ -69,6 +72,15 @@ ROWS = {
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def busy_seconds() -> float:
+    """Processor time that all programs and the host of a virtual machine took since the start (Linux), else 0."""
+    try:
+        user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    except OSError:
+        return 0.0
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 # ---- what a machine could do at most -----------------------------------------------------------------
@@ -202,7 +214,7 @@ class Comparison:
         if same:
             settings, tried = Settings(**same["llamacpp_settings"]), same["llamacpp_tried"]
         else:
-            settings, tried = best_settings(self.peer, gguf, row.work, self.settings, say)
+            settings, tried = best_settings(self.peer, gguf, row.work, self.settings, positions, min(PROBING, self.left() / 3), say)
             self.settings = Settings(settings.repack, settings.flash)
         self.peer.speed(gguf, self.short(row.work), settings, positions)
         speed(engine, self.short(row.work))
@@ -215,7 +227,8 @@ class Comparison:
             began = time.monotonic()
             turns.append(self.turn(row.work, engine, gguf, ceilings, settings, positions))
             longest = max(longest, time.monotonic() - began)
-            say(f"  turn {number + 1}: " + ", ".join(f"{key} {turns[-1][key]:.3g}" for key in ("npmix", "llamacpp", "ratio", "share_of_ceiling")))
+            shown = ("npmix", "llamacpp", "ratio", "share_of_ceiling")
+            say(f"  turn {number + 1}: " + ", ".join(f"{key} {turns[-1][key]:.3g}" for key in shown))
         found = {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
         if row.work.kind == "prefill" and row.work.tokens >= 4096:
             found["attention"] = attention_share(engine, row.work, measure_peaks(ceilings, row.work))
@@ -223,19 +236,24 @@ class Comparison:
         found.update(llamacpp_settings=asdict(settings), llamacpp_tried=tried)
         return found
 
+    def own_seconds(self) -> float:
+        return time.process_time() + self.peer.processor_seconds()
+
     @staticmethod
     def short(work: Work) -> Work:
         """Enough to bring every page in and to fill the cache to the depth."""
         return Work(work.kind, min(work.tokens, 512), work.depth)
 
     def turn(self, work: Work, engine: Engine, gguf: Path, ceilings: Ceilings, settings: Settings, positions: int) -> dict:
-        """Ceiling, npmix, ceiling, llama.cpp."""
+        """Ceiling, npmix, ceiling, llama.cpp; and how much of the processor other programs took meanwhile."""
+        busy, ours, began = busy_seconds(), self.own_seconds(), time.monotonic()
         before = measure_peaks(ceilings, work)
         npmix = speed(engine, work)
         after = measure_peaks(ceilings, work)
         peaks = {key: (before[key] + after[key]) / 2 for key in before}
         llamacpp = self.peer.speed(gguf, work, settings, positions)
         most = ceiling(engine, work, peaks)
+        others = (busy_seconds() - busy - self.own_seconds() + ours) / (time.monotonic() - began)
         rates = {"read": "read_gbs", "int8": "int8_gops", "float32": "float32_gops"}
         return {
             "npmix": npmix,
@@ -244,6 +262,7 @@ class Comparison:
             "share_of_ceiling": npmix / most,
             "ceiling": most,
             "llamacpp_share_of_ceiling": llamacpp / most,
+            "other_cores": max(0.0, others),
             **{rates[key]: value / 1e9 for key, value in peaks.items()},
         }
 
@@ -265,7 +284,8 @@ def table(rows: dict[str, dict]):
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Compare npmix with llama.cpp, in turns, beside the machine's ceilings.")
-    parser.add_argument("--work", type=Path, default=Path("compare_llamacpp.work"), metavar="DIR", help="keeps the stores and GGUF files (14 GB)")
+    work = Path("compare_llamacpp.work")
+    parser.add_argument("--work", type=Path, default=work, metavar="DIR", help=f"keeps stores and GGUF files, 16 GB (default {work})")
     parser.add_argument("--rows", default=",".join(ROWS), metavar="A,B", help=f"some of {', '.join(ROWS)}")
     parser.add_argument("--turns", type=int, default=5, metavar="N", help="default 5")
     parser.add_argument("--threads", type=int, metavar="N", help="of both programs; default: the physical cores")
@@ -294,6 +314,9 @@ def main(argv=None) -> None:
     on = machine()
     print(f"{on['cpu']}, {comparison.threads} threads, {on['int8_form']}; npmix {on['npmix']}; llama.cpp {comparison.peer.info}")
     print(*table(comparison.rows), sep="\n")
+    most = max((turn["other_cores"] for row in comparison.rows.values() for turn in row["turns"]), default=0.0)
+    if most > 0.1:
+        print(f"other programs took up to {most:.2f} cores meanwhile: spinning threads suffer most, so this is no fair comparison")
     if args.json:
         about = {"machine": on, "threads": comparison.threads, "llamacpp": comparison.peer.info, "sizes": comparison.sizes}
         args.json.write_text(json.dumps({**comparison.rows, "about": about}, indent=1) + "\n")

@@ -5,8 +5,10 @@ for each kind of work by themselves, and the comparison is held with what was fa
 """
 
 import json
+import os
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -44,6 +46,15 @@ class Work:
     @property
     def positions(self) -> int:
         return self.tokens + self.depth
+
+
+def process_seconds(pid) -> float:
+    """User and system time of a process (Linux), else 0."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def write_gguf(python: str, path: Path, config: dict) -> None:
@@ -85,6 +96,10 @@ class WorkerPeer:
             seconds = self._ask("decode", ids=ids[work.depth :])["seconds"]
         self._position = work.positions
         return work.tokens / seconds
+
+    def processor_seconds(self) -> float:
+        """Processor time its process took so far, 0 where the system does not tell."""
+        return process_seconds(self._process.pid) if self._process else 0.0
 
     def _load(self, path: Path, repack: bool) -> None:
         if self._loaded != (path, repack):
@@ -145,35 +160,46 @@ class BenchPeer:
         self.info = f"build {found.get('build_commit', '?')}"
         return float(found["avg_ts"])
 
+    def processor_seconds(self) -> float:
+        """Of the runs that ended."""
+        times = os.times()
+        return times.children_user + times.children_system
+
     def close(self) -> None:
         """Nothing stays open."""
 
 
-def best_settings(peer, path: Path, work: Work, start: Settings, report) -> tuple[Settings, list[dict]]:
+def best_settings(peer, path: Path, work: Work, start: Settings, positions: int, patience: float, report) -> tuple[Settings, list[dict]]:
     """Try one setting after the other on a piece of `work`; returns the fastest and what was tried.
 
     Decode: repacking, flash attention. Prefill: these and the micro-batches that the prompt fills. At depth, weights are
-    read as in any decode, so only flash attention is tried there, at no more than 8,192 positions.
+    read as in any decode, so only flash attention is tried there, at no more than 8,192 positions. After `patience` seconds
+    nothing more is tried.
     """
     tried: dict[Settings, float] = {}
-    rounds = 2 if work.kind == "decode" else 1
+    began = time.monotonic()
     probe = replace(work, tokens=min(work.tokens, 2048 if work.kind == "prefill" else 24), depth=min(work.depth, 8192))
+    first = replace(probe, tokens=min(probe.tokens, 16))  # pages in, threads awake, the cache filled to its depth
 
     def speed(settings):
-        if settings not in tried:
-            report(f"trying llama.cpp {settings.words()}")
-            tried[settings] = 0.0
-            try:
-                peer.speed(path, replace(probe, tokens=min(probe.tokens, 16)), settings, probe.positions)  # pages in, threads awake
-                tried[settings] = max(peer.speed(path, probe, settings, probe.positions) for _ in range(rounds))
-            except PeerError as error:
-                report(f"llama.cpp failed: {error}")
+        if settings in tried:
+            return tried[settings]
+        if time.monotonic() - began > patience:
+            report(f"no time to try llama.cpp {settings.words()}")
+            return 0.0
+        tried[settings] = 0.0
+        try:
+            peer.speed(path, first, settings, positions)
+            tried[settings] = max(peer.speed(path, probe, settings, positions) for _ in range(2 if work.kind == "decode" else 1))
+        except PeerError as error:
+            report(f"llama.cpp failed: {error}")
+        report(f"  llama.cpp {settings.words()}: {tried[settings]:.4g} tokens/s")
         return tried[settings]
 
     best = start
     if work.depth == 0:
         best = max((replace(best, repack=False), replace(best, repack=True)), key=speed)
-    best = max((best, replace(best, flash=not best.flash)), key=speed)
+    best = max((replace(best, flash=False), replace(best, flash=True)), key=speed)
     if work.kind == "prefill":
         best = max((best, *(replace(best, ubatch=n) for n in UBATCHES if n <= probe.tokens)), key=speed)
     return best, [{**asdict(settings), "tokens_per_s": round(value, 2)} for settings, value in tried.items()]

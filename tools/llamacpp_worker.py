@@ -96,8 +96,8 @@ class Worker:
         return {}
 
     def answer(self, command: dict) -> dict:
-        do = command.pop("do")
-        return {"load": self.load, "context": self.context_, "prefill": self.prefill, "decode": self.decode, "reset": self.reset}[do](**command)
+        known = {"load": self.load, "context": self.context_, "prefill": self.prefill, "decode": self.decode, "reset": self.reset}
+        return known[command.pop("do")](**command)
 
 
 def main() -> None:

@@ -193,7 +193,8 @@ def print_routing(found: list[dict], tokens: int) -> None:
     print(f"routing of {tokens} random tokens, share of each expert in %; first choice repeated by the next token; experts guessed right")
     for layer, row in enumerate(found):
         guessed = "" if row["guessed"] is None else f"   guessed {100 * row['guessed']:3.0f} %"
-        print(f"layer {layer:3d}  " + " ".join(f"{100 * share:5.1f}" for share in row["shares"]) + f"   repeats {100 * row['repeats']:3.0f} %{guessed}")
+        shares = " ".join(f"{100 * share:5.1f}" for share in row["shares"])
+        print(f"layer {layer:3d}  {shares}   repeats {100 * row['repeats']:3.0f} %{guessed}")
 
 
 # ---- the command -------------------------------------------------------------------------------------
@@ -214,7 +215,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--group", type=int, choices=(32, 64, 128), help="inputs per scale of the experts")
     parser.add_argument("--hf", action="store_true", help="a Hugging Face folder in bf16 instead of a packed store")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--embedding-std", type=float, default=EMBEDDING_STD, metavar="X", help=f"rounded to a power of 2 (default {EMBEDDING_STD})")
+    std = EMBEDDING_STD
+    parser.add_argument("--embedding-std", type=float, default=std, metavar="X", help=f"rounded to a power of 2 (default {std})")
     parser.add_argument("--force", action="store_true", help="replace a store in OUT")
     parser.add_argument("--tokens", type=int, default=256, metavar="N", help="to measure the routing with; 0: do not (default 256)")
     return parser

@@ -26,6 +26,7 @@ from numba.core.serialize import dumps
 from . import cpu
 
 DISABLED = bool(config.DISABLE_JIT)
+_PROCESS = f"_{os.urandom(6).hex()}"  # Numba numbers functions per process: two cached kernels could share a symbol
 _listeners = []  # called with a kernel's name just before it is compiled
 _counts = {"hits": 0, "misses": 0}
 _unwritable_warned = threading.Event()
@@ -156,6 +157,8 @@ def njit(function=None, *, entry=None, inline=False):
         return functools.partial(njit, entry=entry, inline=inline)
     if DISABLED:
         return function
+    cache = None if entry is None else _DiskCache(function, entry)
+    function.__qualname__ += _PROCESS
     dispatcher = numba.njit(
         nogil=True,  # the team's threads run kernels side by side
         boundscheck=False,  # addresses, not arrays; indices are checked before a kernel sees them
@@ -163,6 +166,6 @@ def njit(function=None, *, entry=None, inline=False):
         fastmath=False,  # bits must not depend on the compiler's mood; fma is written where it is meant
         inline="always" if inline else "never",
     )(function)
-    if entry is not None:
-        dispatcher._cache = _DiskCache(function, entry)
+    if cache is not None:
+        dispatcher._cache = cache
     return dispatcher
