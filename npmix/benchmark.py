@@ -114,7 +114,7 @@ def first_token(path: str, threads: int, prompt: int, tokens: int, kv: str) -> N
 
     from .engine import Engine
 
-    with Engine.open(path, threads=threads, context=prompt + tokens, kv=kv) as engine:
+    with Engine(path, threads=threads, context=prompt + tokens, kv=kv) as engine:
         ids = token_ids(prompt + tokens, engine.config.vocab_size)
         engine.prefill(ids[:prompt])
         now = time.time()
@@ -224,7 +224,7 @@ def benchmark(path, *, threads=None, prompt=512, tokens=64, turns=5, chunk=None,
     """
     from .engine import Engine
 
-    with Engine.open(path, threads=threads, context=prompt + tokens, chunk=chunk, kv=kv) as engine:
+    with Engine(path, threads=threads, context=prompt + tokens, chunk=chunk, kv=kv) as engine:
         found = {
             "machine": machine(),
             "model": str(engine.source.path),

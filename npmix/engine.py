@@ -58,8 +58,6 @@ class Engine:
         self._checked([0])
         self._forward.load_kernels()
 
-    open = classmethod(lambda cls, path, **options: cls(path, **options))
-
     def prefill(self, ids, on_progress=None) -> np.ndarray:
         """Append ids to the sequence; float32 logits (V,) of the last. on_progress(done, total) counts tokens times layers.
 

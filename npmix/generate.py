@@ -38,7 +38,7 @@ def load(path=None, *, threads: int | None = None, context: int | None = None, c
     bundled = path is None or Path(path).resolve() == BUNDLED
     if path is None and not (BUNDLED / "npmix.json").exists():
         raise StoreError(f"this installation of npmix lacks its bundled model in {BUNDLED}: install it again, or give a model's folder")
-    engine = Engine.open(BUNDLED if path is None else path, threads=threads, context=context, chunk=chunk, kv=kv)
+    engine = Engine(BUNDLED if path is None else path, threads=threads, context=context, chunk=chunk, kv=kv)
     try:
         file = engine.source.tokenizer_path
         tokenizer = Tokenizer.for_model(file, engine.config) if file else None

@@ -25,7 +25,7 @@ def test_operations_of_a_prompt():
 
 def test_bytes_of_a_decoded_token(tmp_path):
     """By hand on a tiny model: matrices outside the experts, A of E experts, router, and the cache of what was said."""
-    with Engine.open(tiny_hf(tmp_path / "m", dtype="f32"), context=32, threads=1) as engine:
+    with Engine(tiny_hf(tmp_path / "m", dtype="f32"), context=32, threads=1) as engine:
         c = engine.config
         weights = 2 * (64 * 64 * 2 + 32 * 64 * 2 + 2 * 3 * 64 * 96 + 4 * 64) + 384 * 64
         assert engine.bytes_per_token() == 4 * weights

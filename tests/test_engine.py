@@ -32,7 +32,7 @@ def engine(folder):
 
 def test_defaults(folder):
     """Threads: the cores of this process; context: the model's maximum up to 4,096; chunk: 512 up to the context; f16 cache."""
-    with Engine.open(folder) as engine:
+    with Engine(folder) as engine:
         assert (engine.threads, engine.context, engine.chunk, engine.kv) == (default_threads(), 64, 64, "f16")
     assert (DEFAULT_CONTEXT, DEFAULT_CHUNK) == (4096, 512)
 

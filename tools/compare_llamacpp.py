@@ -272,14 +272,14 @@ class Comparison:
 
 def table(rows: dict[str, dict]):
     """A line a row; medians, least and most of the ratio and the share in brackets."""
-    yield f"{'tokens/s':15}{'npmix':>9}{'llama.cpp':>11}{'ratio':>19}{'ceiling':>10}{'share':>15}  llama.cpp's best settings"
+    yield f"{'tokens/s':15}{'npmix':>9}{'llama.cpp':>11}{'ratio':>19}{'ceiling':>11}{'share':>16}  llama.cpp's best settings"
     for name, row in rows.items():
         ratios, shares = ([turn[key] for turn in row["turns"]] for key in ("ratio", "share_of_ceiling"))
         ratio = f"{row['ratio']:.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
         share = f"{100 * row['share_of_ceiling']:.0f} % ({100 * min(shares):.0f}-{100 * max(shares):.0f})"
         more = f"; attention {100 * row['attention']:.0f} % of the float32 peak" if "attention" in row else ""
         words = Settings(**row["llamacpp_settings"]).words()
-        yield f"{name:15}{row['npmix']:9.1f}{row['llamacpp']:11.1f}{ratio:>19}{row['ceiling']:10.1f}{share:>15}  {words}{more}"
+        yield f"{name:15}{row['npmix']:9.1f}{row['llamacpp']:11.1f}{ratio:>19}{row['ceiling']:11.1f}{share:>16}  {words}{more}"
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -177,6 +177,7 @@ def best_settings(peer, path: Path, work: Work, start: Settings, positions: int,
     nothing more is tried.
     """
     tried: dict[Settings, float] = {}
+    rounds = 1 if work.tokens > 512 else 2 if work.tokens > 64 else 4  # the best of these: short runs are noisy
     began = time.monotonic()
     probe = replace(work, tokens=min(work.tokens, 2048 if work.kind == "prefill" else 24), depth=min(work.depth, 8192))
     first = replace(probe, tokens=min(probe.tokens, 16))  # pages in, threads awake, the cache filled to its depth
@@ -190,18 +191,24 @@ def best_settings(peer, path: Path, work: Work, start: Settings, positions: int,
         tried[settings] = 0.0
         try:
             peer.speed(path, first, settings, positions)
-            tried[settings] = max(peer.speed(path, probe, settings, positions) for _ in range(2 if work.kind == "decode" else 1))
+            tried[settings] = max(peer.speed(path, probe, settings, positions) for _ in range(rounds))
         except PeerError as error:
             report(f"llama.cpp failed: {error}")
         report(f"  llama.cpp {settings.words()}: {tried[settings]:.4g} tokens/s")
         return tried[settings]
 
+    def choose(best, name, values):
+        options = [replace(best, **{name: value}) for value in values]
+        for settings in options:
+            speed(settings)
+        return max((best, *options), key=speed)  # of equals the first: what was not tried changes nothing
+
     best = start
     if work.depth == 0:
-        best = max((replace(best, repack=False), replace(best, repack=True)), key=speed)
-    best = max((replace(best, flash=False), replace(best, flash=True)), key=speed)
+        best = choose(best, "repack", (False, True))
+    best = choose(best, "flash", (False, True))
     if work.kind == "prefill":
-        best = max((best, *(replace(best, ubatch=n) for n in UBATCHES if n <= probe.tokens)), key=speed)
+        best = choose(best, "ubatch", [n for n in UBATCHES if n <= probe.tokens])
     return best, [{**asdict(settings), "tokens_per_s": round(value, 2)} for settings, value in tried.items()]
 
 

@@ -26,7 +26,7 @@ def warmup(model, threads, quiet):
     began = time.monotonic()
     with compile_notice(quiet) as compiled:
         for kv in ("f16", "f32"):
-            with Engine.open(model_path(model), threads=threads, context=2 * PROMPT_TOKENS, kv=kv) as engine:
+            with Engine(model_path(model), threads=threads, context=2 * PROMPT_TOKENS, kv=kv) as engine:
                 count = min(PROMPT_TOKENS, engine.context - 1)
                 engine.prefill([i % engine.config.vocab_size for i in range(count)])
                 engine.step(0)

@@ -12,9 +12,11 @@ from npmix import convert as conversion
 from npmix.engine import Engine
 from npmix.kernels._jit import DISABLED
 
-T = 14 if DISABLED else 640  # tokens: beyond two blocks of 256 positions
-CHUNKS = (1, 2, 7) if DISABLED else (1, 2, 7, 64, 256, 300)
-ODD = {"hidden_size": 72, "intermediate_size": 300, "num_attention_heads": 6, "head_dim": 24, "vocab_size": 389, "max_position_embeddings": 1024}
+T = 12 if DISABLED else 640  # tokens: beyond two blocks of 256 positions
+CHUNKS = (2, 7) if DISABLED else (1, 2, 7, 64, 256, 300)
+ODD = {
+    "hidden_size": 72, "intermediate_size": 300, "num_attention_heads": 6, "head_dim": 24, "vocab_size": 389, "max_position_embeddings": 1024,
+}  # fmt: skip
 
 # name: dense dtype of the checkpoint, then the format of each kind of matrix, or None to run it as it is
 FORMATS = {
@@ -104,7 +106,7 @@ def test_decode_prefill_and_chunks(models, name, kv):
     for chunk in CHUNKS:
         with Engine(path, threads=1, kv=kv, chunk=chunk) as engine:
             assert_equal(engine.logits(ids), expected)
-            for end in (2, T // 3, T // 2, T - 1):
+            for end in (T // 2,) if DISABLED else (2, T // 3, T // 2, T - 1):
                 engine.reset()
                 assert_equal(engine.prefill(ids[:end]), expected[end - 1])
                 assert_equal(engine.step(ids[end]), expected[end])
@@ -136,23 +138,24 @@ def test_threads(models, name, kv):
             rows = engine.logits(ids)
             expected = rows if expected is None else expected
             assert_equal(rows, expected)
-            assert_equal(steps(whole_team(engine), ids), expected)
-            assert_equal(engine.prefill(ids), expected[-1])
+            assert_equal(engine.prefill(ids[:245]), expected[244])
+            rest = [whole_team(engine).step(token) for token in ids[245:265]]  # over the border of a block
+            assert_equal(np.stack(rest), expected[245:265])
 
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("dense", [True, False])
 def test_ring_of_a_sliding_window(models, dense):
     """A ring that has been overwritten many times gives the bits of a cache that never was, in prefill and in decode."""
-    for window, chunk in ((100, 7), (100, 64), (100, 400), (250, 256), (257, 1), (300, 150)):
+    for window, chunk in ((100, 7), (100, 400), (250, 256), (257, 1)):
         path = models("bf16", sliding_window=window, mistral=dense, max_position_embeddings=2048)
-        with Engine(path, threads=1, kv="f32", chunk=1100) as engine:
-            ids = random_ids(engine.config.vocab_size, 1100, seed=window)
+        with Engine(path, threads=1, kv="f32", chunk=900) as engine:
+            ids = random_ids(engine.config.vocab_size, 900, seed=window)
             expected = engine.logits(ids)
-            assert engine._forward.cache.capacity >= 1100
+            assert engine._forward.cache.capacity >= 900
             assert_equal(steps(engine, ids), expected)
         with Engine(path, threads=2, kv="f32", chunk=chunk) as engine:
-            assert engine._forward.cache.capacity < 1100
+            assert engine._forward.cache.capacity < 900
             assert_equal(engine.logits(ids), expected)
             assert_equal(engine.prefill(ids[:777]), expected[776])
             rest = np.stack([engine.step(token) for token in ids[777:]])
@@ -162,9 +165,9 @@ def test_ring_of_a_sliding_window(models, dense):
 def test_window_under_plain_kernels(models):
     """The same of a small ring, for the kernels' plain twins too: a window of 4 and chunks of 1, 3 and 9."""
     expected = None
-    for chunk in (14, 1, 3, 9):
+    for chunk in (12, 1, 3, 9):
         with Engine(models("bf16", sliding_window=4, mistral=True), threads=1, kv="f32", chunk=chunk) as engine:
-            ids = random_ids(engine.config.vocab_size, 14, seed=4)
+            ids = random_ids(engine.config.vocab_size, 12, seed=4)
             rows = engine.logits(ids)
             expected = rows if expected is None else expected
             assert_equal(rows, expected)
@@ -193,4 +196,4 @@ def test_many_heads_of_one_key(models):
     for threads, chunk in ((1, 63), (3, 200)):
         with Engine(models("bf16", **sizes), threads=threads, kv="f32", chunk=chunk) as engine:
             assert_equal(engine.logits(ids), expected)
-            assert_equal(steps(whole_team(engine), ids), expected)
+            assert_equal(steps(whole_team(engine), ids[:260]), expected[:260])
