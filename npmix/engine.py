@@ -5,6 +5,7 @@ decided above it (`generate.py`). After a fork its threads are gone, so a child 
 """
 
 import os
+import warnings
 
 import numpy as np
 
@@ -50,6 +51,7 @@ class Engine:
             raise
         self.position = 0
         self._written = 0  # positions cached since it was empty; an interrupted prefill leaves some behind `position`
+        self._warned = False
         self._pid = os.getpid()
         self._closed = False
 
@@ -76,6 +78,7 @@ class Engine:
             self._written = max(self._written, start + at + len(piece))
             row = self._forward.prefill(piece, start + at, "last" if last else "none", report)
             self.position = start + at + len(piece)
+        self._warn_if_saturated()
         return row[0].copy()
 
     def step(self, token: int) -> np.ndarray:
@@ -85,6 +88,7 @@ class Engine:
         self._written = max(self._written, self.position + 1)
         row = self._forward.decode(int(ids[0]), self.position)
         self.position += 1
+        self._warn_if_saturated()
         return row
 
     def logits(self, ids) -> np.ndarray:
@@ -113,6 +117,11 @@ class Engine:
         """Whether a key or value was too large for the float16 cache and was cut to 65,504 (kv="f32" avoids it)."""
         self._usable()
         return self._forward.saturated
+
+    def _warn_if_saturated(self) -> None:
+        if self._forward.saturated and not self._warned:
+            self._warned = True
+            warnings.warn("a key or value was too large for the float16 cache and was cut to 65,504; use --kv f32 (kv=\"f32\")", stacklevel=3)
 
     def memory(self) -> dict[str, int]:
         """Bytes: KV cache, scratch buffers (both anonymous), and mapped weights."""

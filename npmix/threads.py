@@ -7,7 +7,6 @@ core brings nothing; and a container's quota is not in the affinity mask.
 import os
 from pathlib import Path
 
-
 CGROUP = Path("/sys/fs/cgroup")
 CPUS = Path("/sys/devices/system/cpu")
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -382,7 +383,7 @@ def test_memory_of_a_ring(tmp_path):
 
 
 def test_saturation(tmp_path):
-    """A value beyond 65,504 is cut in a float16 cache, which `saturated` tells, and kept in a float32 cache."""
+    """A value beyond 65,504 is cut in a float16 cache, which `saturated` and one warning tell, and kept in a float32 cache."""
     arrays = tiny_arrays({**MODEL_CONFIG, **MODEL})
     arrays["model.layers.1.self_attn.v_proj.weight"] *= 1e6
     path = tiny_hf(tmp_path / "m", arrays=arrays, **MODEL)
@@ -390,7 +391,11 @@ def test_saturation(tmp_path):
         for call in ("prefill", "step"):
             with Engine(path, threads=1, kv=kv) as engine:
                 assert not engine.saturated
-                row = engine.prefill(IDS) if call == "prefill" else engine.step(5)
+                with warnings.catch_warnings(record=True) as told:
+                    warnings.simplefilter("always")
+                    row = engine.prefill(IDS) if call == "prefill" else engine.step(5)
+                    engine.step(6)
+                assert ["--kv f32" in str(w.message) for w in told] == ([True] if kv == "f16" else [])
                 assert np.isfinite(row).all()
                 assert engine.saturated == (kv == "f16")
 

@@ -17,7 +17,6 @@ from .notices import compile_notice, say
 from .options import Number, engine_options, model_option, utf8
 from .output import figures, follow, write
 
-
 SEED = click.IntRange(0, (1 << 64) - 1)
 COUNT = click.IntRange(1, (1 << 31) - 1)
 

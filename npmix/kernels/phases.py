@@ -19,7 +19,6 @@ from .rows import quantise_group, quantise_row, rms_norm, rope, swiglu
 from .tables import *  # noqa: F403  (the columns)
 from .team import barrier
 
-
 # Numba compiles a callee anew for each literal argument, so the common ones are typed
 NONE, ONE = np.int64(0), np.int64(1)
 

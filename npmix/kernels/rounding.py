@@ -9,8 +9,25 @@ import numpy as np
 
 from ..formats import PACKED, row_blocks, span_bytes, spans
 from ._jit import njit
-from .ops import absolute, add, div, get_f32, load_f16, load_f32, max_f32, maximum, minimum, mul, nearest
-from .ops import put_f32, splat_f32, store_f32, sub, sum_f32, to_i32
+from .ops import (
+    absolute,
+    add,
+    div,
+    get_f32,
+    load_f16,
+    load_f32,
+    max_f32,
+    maximum,
+    minimum,
+    mul,
+    nearest,
+    put_f32,
+    splat_f32,
+    store_f32,
+    sub,
+    sum_f32,
+    to_i32,
+)
 from .simd import F32, I32, call, const_vector, i64, op, poke, store, vector, void
 
 _ZERO, _ONE = np.float32(0), np.float32(1)

@@ -27,8 +27,8 @@ from .ops import (
     get_i32,
     get_u8,
     load_f32,
-    maximum,
     max_f32,
+    maximum,
     mul,
     nearest,
     put_f16,
@@ -43,7 +43,6 @@ from .ops import (
     sum_i32,
     to_i32,
 )
-
 
 MINUS_LOG2_E = -1.4426950408889634
 F16_MAX = 65504.0

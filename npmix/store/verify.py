@@ -9,7 +9,7 @@ import hashlib
 import numpy as np
 
 from ..errors import CheckpointError, StoreError
-from ..formats import DENSE, PACKED, spans, row_blocks, span_bytes
+from ..formats import DENSE, PACKED, row_blocks, span_bytes, spans
 from ..quant.tensor import Tensor
 from .reader import Store
 
