@@ -67,7 +67,9 @@ def test_no_model(tmp_path):
         Engine(tmp_path)
 
 
-@pytest.mark.parametrize("ids", [[], (), None, 5, "abc", [1.0], ["1"], [[1, 2]], [None], [1, [2]], [True], [10**30], np.zeros(3), np.zeros((2, 2), int), {1: 2}])
+@pytest.mark.parametrize("ids", [
+    [], (), None, 5, "abc", [1.0], ["1"], [[1, 2]], [None], [1, [2]], [True], [10**30], np.zeros(3), np.zeros((2, 2), int), {1: 2},
+])  # fmt: skip
 def test_ids_of_the_wrong_kind(engine, ids):
     """Whatever is not one sequence of at least one whole number is an InputError and leaves the sequence as it was."""
     engine.prefill(IDS[:2])
@@ -243,7 +245,9 @@ def test_failed_opening_closes_the_files(folder):
 def test_several_engines(folder, tmp_path):
     """Engines of different models and settings in one process, used in turns, do not know of each other."""
     other = tiny_hf(tmp_path / "other", seed=5, **{**MODEL, "num_local_experts": 3})
-    with Engine(folder, threads=1, kv="f32") as a, Engine(other, threads=2, kv="f32") as b, Engine(folder, threads=2, kv="f32", chunk=2) as c:
+    settings = ((folder, 1, 64), (other, 2, 64), (folder, 2, 2))
+    a, b, c = (Engine(path, threads=threads, chunk=chunk, kv="f32") for path, threads, chunk in settings)
+    with a, b, c:
         expected_a, expected_b = a.logits(IDS), b.logits(IDS)
         assert (expected_a != expected_b).any()
         for i, token in enumerate(IDS):

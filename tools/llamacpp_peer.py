@@ -177,7 +177,7 @@ def best_settings(peer, path: Path, work: Work, start: Settings, positions: int,
     nothing more is tried.
     """
     tried: dict[Settings, float] = {}
-    rounds = 1 if work.tokens > 512 else 2 if work.tokens > 64 else 4  # the best of these: short runs are noisy
+    rounds = 1 if work.tokens > 64 else 4  # the best of these: short runs are noisy
     began = time.monotonic()
     probe = replace(work, tokens=min(work.tokens, 2048 if work.kind == "prefill" else 24), depth=min(work.depth, 8192))
     first = replace(probe, tokens=min(probe.tokens, 16))  # pages in, threads awake, the cache filled to its depth

@@ -47,13 +47,25 @@ def make_config(**sizes) -> Config:
     )  # fmt: skip
 
 
+def as_bf16(x: np.ndarray) -> np.ndarray:
+    """float32 -> bf16 as uint16, to nearest."""
+    return ((x.view(np.uint32) + 0x8000) >> 16).astype(np.uint16)
+
+
 def random_pool(count: int, std: float, seed: int) -> np.ndarray:
     """`count` bf16 numbers (as uint16), normal with mean 0."""
     rng, pool = np.random.default_rng(seed), np.empty(count, np.uint16)
     for at in range(0, count, PIECE):
-        piece = rng.standard_normal(min(PIECE, count - at), np.float32) * np.float32(std)
-        pool[at : at + PIECE] = (piece.view(np.uint32) + 0x8000) >> 16
+        pool[at : at + PIECE] = as_bf16(rng.standard_normal(min(PIECE, count - at), np.float32) * np.float32(std))
     return pool
+
+
+def scaled(rows: np.ndarray, factor: float) -> np.ndarray:
+    """bf16 rows times a number."""
+    out = np.empty_like(rows)
+    for row in range(0, len(rows), 512):
+        out[row : row + 512] = as_bf16((rows[row : row + 512].astype(np.uint32) << 16).view(np.float32) * np.float32(factor))
+    return out
 
 
 class RandomSource:
@@ -69,7 +81,7 @@ class RandomSource:
         largest = max(math.prod(shape) for shape in self._shapes.values())
         self._unit = math.gcd(config.dim, config.hidden_dim)
         self._pool = random_pool(largest + largest // 2 + 64 * self._unit, config.dim**-0.5, seed)
-        self._power = round(math.log2(embedding_std * config.dim**0.5))  # of 2, exact on bf16
+        self._factor = embedding_std * config.dim**0.5
         matrices = [name for name, shape in self._shapes.items() if len(shape) == 2]
         self._number = {name: i for i, name in enumerate(matrices)}
 
@@ -92,11 +104,11 @@ class RandomSource:
             return Tensor(np.ones(shape, np.float32), "f32", shape)
         data = self._window(name)
         if name == "tok_embeddings":
-            data = np.where(data & 0x7F80, data + np.uint16(self._power << 7), data)
+            data = scaled(data, self._factor)
         return Tensor(data, "bf16", shape)
 
     def fingerprint(self) -> str:
-        return f"random pool, seed {self.seed}, embeddings x 2^{self._power}"
+        return f"random pool, seed {self.seed}, embeddings x {self._factor}"
 
 
 # ---- a Hugging Face folder ---------------------------------------------------------------------------
@@ -114,7 +126,7 @@ def config_json(c: Config) -> dict:
 
 
 def _as_bf16(tensor: Tensor) -> np.ndarray:
-    return tensor.data if tensor.format == "bf16" else (tensor.data.view(np.uint32) >> 16).astype(np.uint16)  # ones: exact
+    return tensor.data if tensor.format == "bf16" else as_bf16(tensor.data)  # ones: exact
 
 
 def _write_shard(path: Path, tensors: list[tuple[str, str]], source: RandomSource) -> None:
@@ -216,7 +228,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--hf", action="store_true", help="a Hugging Face folder in bf16 instead of a packed store")
     parser.add_argument("--seed", type=int, default=0)
     std = EMBEDDING_STD
-    parser.add_argument("--embedding-std", type=float, default=std, metavar="X", help=f"rounded to a power of 2 (default {std})")
+    parser.add_argument("--embedding-std", type=float, default=std, metavar="X", help=f"of the embeddings (default {std})")
     parser.add_argument("--force", action="store_true", help="replace a store in OUT")
     parser.add_argument("--tokens", type=int, default=256, metavar="N", help="to measure the routing with; 0: do not (default 256)")
     return parser

@@ -7,6 +7,12 @@ keeps inverse frequencies of RoPE rounded to bfloat16 and is off by up to 1 % of
 import numpy as np
 from make import tiny_hf
 
+ODD = {"hidden_size": 72, "intermediate_size": 100, "num_attention_heads": 6, "head_dim": 24, "vocab_size": 389}
+HEADS = {
+    "hidden_size": 48, "intermediate_size": 304, "num_attention_heads": 14, "num_key_value_heads": 1, "head_dim": 80, "vocab_size": 385,
+}  # fmt: skip
+SMALLEST = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 2, "vocab_size": 5}
+
 # What a model of the family may look like, as overrides of make.TINY. All of them share one kernel per weight format.
 KINDS = {
     "mixtral": {},
@@ -14,16 +20,18 @@ KINDS = {
     "one of three": {"num_local_experts": 3, "num_experts_per_tok": 1},
     "three of three": {"num_local_experts": 3, "num_experts_per_tok": 3},
     "one of one": {"num_local_experts": 1, "num_experts_per_tok": 1},
-    "odd sizes": {"hidden_size": 72, "intermediate_size": 100, "num_attention_heads": 6, "head_dim": 24, "vocab_size": 389},
-    "many heads": {"hidden_size": 48, "intermediate_size": 304, "num_attention_heads": 14, "num_key_value_heads": 1, "head_dim": 80, "vocab_size": 385},
-    "smallest": {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 2, "vocab_size": 5},
+    "odd sizes": ODD,
+    "many heads": HEADS,
+    "smallest": SMALLEST,
     "tied": {"tie_word_embeddings": True},
     "mixtral with a window": {"sliding_window": 20},
     "mistral": {"mistral": True, "sliding_window": 16},
     "mistral without a window": {"mistral": True, "sliding_window": None, "num_key_value_heads": 4},
     "mistral with one key": {"mistral": True, "sliding_window": 1, "tie_word_embeddings": True},
-}  # fmt: skip
-GOLDEN_KINDS = ("mixtral", "eight experts", "one of three", "odd sizes", "many heads", "smallest", "tied", "mixtral with a window", "mistral")
+}
+GOLDEN_KINDS = (
+    "mixtral", "eight experts", "one of three", "odd sizes", "many heads", "smallest", "tied", "mixtral with a window", "mistral",
+)  # fmt: skip
 
 
 def make_model(path, kind, **options):

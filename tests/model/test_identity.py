@@ -15,7 +15,8 @@ from npmix.kernels._jit import DISABLED
 T = 12 if DISABLED else 640  # tokens: beyond two blocks of 256 positions
 CHUNKS = (2, 7) if DISABLED else (1, 2, 7, 64, 256, 300)
 ODD = {
-    "hidden_size": 72, "intermediate_size": 300, "num_attention_heads": 6, "head_dim": 24, "vocab_size": 389, "max_position_embeddings": 1024,
+    "hidden_size": 72, "intermediate_size": 300, "num_attention_heads": 6, "head_dim": 24, "vocab_size": 389,
+    "max_position_embeddings": 1024,
 }  # fmt: skip
 
 # name: dense dtype of the checkpoint, then the format of each kind of matrix, or None to run it as it is

@@ -40,7 +40,8 @@ def test_settings_are_the_fastest_of_those_tried():
     best, tried = peer.best_settings(fake, Path("x"), peer.Work("prefill", 2048), peer.Settings(), 4096, 60.0, lambda text: None)
     assert best == peer.Settings(repack=True, flash=False, ubatch=256)
     assert {row["ubatch"] for row in tried} == {128, 256, 512, 1024, 2048}
-    best, _ = peer.best_settings(fake, Path("x"), peer.Work("decode", 32, 32768), peer.Settings(repack=False), 40000, 60.0, lambda text: None)
+    deep = peer.Work("decode", 32, 32768)
+    best, _ = peer.best_settings(fake, Path("x"), deep, peer.Settings(repack=False), 40000, 60.0, lambda text: None)
     assert best == peer.Settings(repack=False, flash=False)
     assert max(work.depth for work, _ in fake.calls) == 8192
 

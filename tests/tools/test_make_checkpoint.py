@@ -33,7 +33,7 @@ def test_no_row_is_used_twice(source):
 
 
 def test_weights_have_mean_zero_and_embeddings_are_larger(source):
-    """Weights are zero-mean with variance 1 / dim; embeddings have the power of two nearest to the standard deviation asked for."""
+    """Weights are zero-mean with variance 1 / dim; embeddings have the standard deviation asked for."""
     for name, std in (("layers.0.experts.1.w_down", 64**-0.5), ("tok_embeddings", tool.EMBEDDING_STD)):
         w = dequantize(source.tensor(name))
         assert abs(w.mean()) < 5 * std / np.sqrt(w.size)
