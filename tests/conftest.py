@@ -18,7 +18,7 @@ JIT_DISABLED = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
 
 def has_transformers() -> bool:
     """Whether the oracle is installed."""
-    return all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers"))
+    return all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers", "mistral_common"))
 
 
 def pytest_collection_modifyitems(items):
@@ -31,3 +31,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(without_oracle)
         if "compiled" in item.keywords and JIT_DISABLED:
             item.add_marker(without_jit)
+
+
+@pytest.fixture(scope="session")
+def mixtral():
+    """Mixtral's own tokenizer, which the package mistral-common (extra "dev") brings; tests that use it are marked `transformers`."""
+    import mistral_common
+
+    from npmix.tokenizer import Tokenizer
+
+    return Tokenizer(Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1")

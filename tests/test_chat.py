@@ -19,12 +19,6 @@ def tiny(tmp_path_factory) -> Tokenizer:
     return Tokenizer(make.train_tokenizer(tmp_path_factory.mktemp("chat") / "tokenizer.model"))
 
 
-@pytest.fixture(scope="module")
-def mixtral() -> Tokenizer:
-    mistral_common = pytest.importorskip("mistral_common", reason="the real tokenizer comes with mistral-common")
-    return Tokenizer(Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1")
-
-
 @pytest.mark.parametrize("case", GOLDEN, ids=range(len(GOLDEN)))
 def test_segments_of_golden_conversations(tiny, case):
     """With any tokenizer the ids are those of mistral-common's segments, each encoded by itself, with bos and eos between."""
@@ -34,6 +28,7 @@ def test_segments_of_golden_conversations(tiny, case):
     assert encode_chat(tiny, case["messages"]) == expected
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize("case", GOLDEN, ids=range(len(GOLDEN)))
 def test_ids_of_golden_conversations(mixtral, case):
     """With Mixtral's own tokenizer the ids are the golden ones."""
@@ -54,6 +49,7 @@ def random_text(rng: random.Random) -> str:
     return "".join(rng.choice(parts) for _ in range(rng.randrange(1, 9)))
 
 
+@pytest.mark.transformers
 def test_random_conversations(mixtral):
     """Hundreds of random conversations give the ids that mistral-common gives."""
     from mistral_common.protocol.instruct.request import ChatCompletionRequest

@@ -2,7 +2,6 @@
 
 import io
 import random
-from pathlib import Path
 
 import make
 import pytest
@@ -34,12 +33,6 @@ def train(path, **options) -> Tokenizer:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Tokenizer:
     return Tokenizer(make.train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"))
-
-
-@pytest.fixture(scope="module")
-def mixtral() -> Tokenizer:
-    mistral_common = pytest.importorskip("mistral_common", reason="the real tokenizer comes with mistral-common")
-    return Tokenizer(Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1")
 
 
 def random_ids(rng: random.Random, tokenizer: Tokenizer, length: int) -> list[int]:
@@ -207,6 +200,7 @@ def test_larger_than_the_vocabulary(tiny):
     assert Tokenizer.for_model(tiny.path, config).vocab_size == tiny.vocab_size
 
 
+@pytest.mark.transformers
 def test_mixtral_known_ids(mixtral):
     """Mixtral's tokenizer: 32,000 ids, bos 1, eos 2, bytes from 3 on."""
     assert (mixtral.vocab_size, mixtral.bos_id, mixtral.eos_id) == (32000, 1, 2)
@@ -214,6 +208,7 @@ def test_mixtral_known_ids(mixtral):
     assert mixtral.encode("\n", bos=False) == [28705, 13]
 
 
+@pytest.mark.transformers
 def test_mixtral_streamed_equals_whole(mixtral):
     """With the real tokenizer, too, streamed text equals the whole decoded at once; texts survive the round trip."""
     check_stream(mixtral, 5000)
@@ -222,6 +217,7 @@ def test_mixtral_streamed_equals_whole(mixtral):
         assert streamed(mixtral, ids) == mixtral.decode(ids) == text.replace("\u2581", " ")
 
 
+@pytest.mark.transformers
 def test_mixtral_continuation(mixtral):
     """The same for continuations."""
     check_continuation(mixtral)
