@@ -77,6 +77,8 @@ def packed_tile(name, group, blocks, height):
     whole, lines = span_bytes(name, group), group // PACKED[name].step
     cells = [(r, t) for r in range(blocks) for t in range(height)]
     chains = 1 if has_narrow(zero) else max(1, min(4, 8 // len(cells)))  # few cells: split each sum, or the dot's latency shows
+    unroll = lines if lines * len(cells) * step // 4 <= 96 else min(lines, 4)
+    unroll = NARROW_DOTS * 4 // step if has_narrow(zero) else unroll
 
     def emit(builder, w, block_bytes, n_groups, acts, out, out_bytes, next_block):
         f32x16, i32x16 = vector("f32", 16), vector("i32", 16)
@@ -105,20 +107,17 @@ def packed_tile(name, group, blocks, height):
                             cell = part[(r, t), (line_index * (step // 4) + j) % chains]
                             builder.store(emit_dot4(builder, builder.load(cell), codes[r][j], x, zero), cell)
 
-        with cgutils.for_range(builder, n_groups, intp=scalar("i64")) as loop:
-            g = loop.index
-            span = builder.mul(builder.lshr(g, const_i64(1)), const_i64(whole))
-            half = builder.and_(g, const_i64(1))
+        def group_of(g, span, half):
+            """One group: exact integers by lines, then scaled into the totals. half: 0 or 1, which group of the span."""
             codes_at = builder.add(span, builder.add(const_i64(64), builder.mul(half, const_i64(lines * 64))))
             inputs = builder.add(acts, builder.mul(g, const_i64(group * height)))
+            per_token = builder.mul(g, const_i64(4 * height))
             for t in range(height):
-                offset = builder.add(builder.mul(g, const_i64(4 * height)), const_i64(4 * t))
-                start = emit_dot_start(builder, load(builder, builder.add(sums, offset), scalar("i32")), zero)
+                at = builder.add(sums, builder.add(per_token, const_i64(4 * t)))
+                start = emit_dot_start(builder, load(builder, at, scalar("i32")), zero)
                 for r in range(blocks):
                     for k in range(chains):
                         builder.store(start if k == 0 else const_vector("i32", 16, 0), part[(r, t), k])
-            unroll = lines if lines * len(cells) * step // 4 <= 96 else min(lines, 4)
-            unroll = NARROW_DOTS * 4 // step if narrow else unroll
             with cgutils.for_range(builder, const_i64(lines // unroll), intp=scalar("i64")) as inner:
                 first = builder.mul(inner.index, const_i64(unroll))
                 for cell in narrow.values():
@@ -132,8 +131,8 @@ def packed_tile(name, group, blocks, height):
             scale_at = builder.add(span, builder.mul(half, const_i64(32)))
             w_scale = [emit_load_f16(builder, builder.add(b, scale_at)) for b in bases]
             for t in range(height):
-                offset = builder.add(builder.mul(g, const_i64(4 * height)), const_i64(4 * t))
-                x_scale = splat(builder, load(builder, builder.add(scales, offset), scalar("f32")))
+                at = builder.add(scales, builder.add(per_token, const_i64(4 * t)))
+                x_scale = splat(builder, load(builder, at, scalar("f32")))
                 for r in range(blocks):
                     exact = builder.load(part[(r, t), 0])
                     for k in range(1, chains):
@@ -141,6 +140,15 @@ def packed_tile(name, group, blocks, height):
                     cell = total[r, t]
                     scale = builder.fmul(w_scale[r], x_scale)
                     builder.store(emit_fma(builder, builder.sitofp(exact, f32x16), scale, builder.load(cell)), cell)
+
+        with cgutils.for_range(builder, builder.lshr(n_groups, const_i64(1)), intp=scalar("i64")) as loop:
+            span, g = builder.mul(loop.index, const_i64(whole)), builder.shl(loop.index, const_i64(1))
+            if len(cells) <= 2:  # little work a byte: without the inner loop more bytes are in flight
+                for i in range(2):
+                    group_of(builder.add(g, const_i64(i)), span, const_i64(i))
+            else:
+                with cgutils.for_range(builder, const_i64(2), intp=scalar("i64")) as inner:
+                    group_of(builder.add(g, inner.index), span, inner.index)
         for r, t in cells:
             at = builder.add(builder.mul(out_bytes, const_i64(t)), builder.mul(next_block, const_i64(r)))
             store(builder, builder.load(total[r, t]), builder.add(out, at))
