@@ -9,7 +9,6 @@ written in order, so memory does not grow with the model. The pages of a tensor 
     uniform   q4 group 32    q4 group 32                            as it was     f32
 """
 
-import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +28,7 @@ from .store import open_source
 from .store.layout import FORMAT, MANIFEST, TOKENIZER, VERSION, FilePlan, plan_digest, plan_store, tensor_table
 from .store.verify import is_finite, kind_of, verify_files, verify_finite, weigh
 from .store.writer import StoreWriter
+from .threads import default_threads
 
 PIECE_WEIGHTS = 1 << 20  # weights a thread rounds at a time: 4 MB of float32
 QUANTS = ("q8", "q4")
@@ -138,10 +138,6 @@ def _fill(file, plan: FilePlan, source, rounder: _Rounder, report) -> None:
             source.release(slot.name)
 
 
-def _default_threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def convert(source, dst, quant: str = "q8", *, uniform=False, group=None, force=False, threads=None, progress=None) -> Path:
     """Write the packed store `dst` from a checkpoint; returns its path.
 
@@ -161,7 +157,7 @@ def convert(source, dst, quant: str = "q8", *, uniform=False, group=None, force=
             raise ConversionError(f"{source} is a packed store already: convert from the checkpoint it was made from")
         source = open_checkpoint(source)
     try:
-        return _convert(source, Path(dst), recipe, force, threads or _default_threads(), progress)
+        return _convert(source, Path(dst), recipe, force, threads or default_threads(), progress)
     finally:
         if own:
             source.close()

@@ -4,7 +4,9 @@ One hard fact: one engine runs one sequence at a time, in whichever thread calls
 decided above it (`generate.py`). After a fork its threads are gone, so a child is told so.
 """
 
+import contextlib
 import os
+import threading
 import warnings
 
 import numpy as np
@@ -49,16 +51,31 @@ class Engine:
         except BaseException:
             self.source.close()
             raise
+        self._busy, self._worker = threading.Lock(), None
         self.position = 0
         self._written = 0  # positions cached since it was empty; an interrupted prefill leaves some behind `position`
         self._warned = False
         self._pid = os.getpid()
         self._closed = False
 
+    @contextlib.contextmanager
+    def _at_work(self):
+        """One call at a time: a second one, from whichever thread, is an error and not a wait (`Model` queues)."""
+        self._usable()
+        if not self._busy.acquire(blocking=False):
+            raise EngineError("the engine is at work in another call; use one engine a thread, or npmix.Model, which queues")
+        try:
+            self._worker = threading.get_ident()
+            self._usable()
+            yield
+        finally:
+            self._worker = None
+            self._busy.release()
+
     def load_kernels(self) -> None:
         """Compile the kernels, or load them from the disk cache, so that the first token does not wait for them."""
-        self._checked([0])
-        self._forward.load_kernels()
+        with self._at_work():
+            self._forward.load_kernels()
 
     def prefill(self, ids, on_progress=None) -> np.ndarray:
         """Append ids to the sequence; float32 logits (V,) of the last. on_progress(done, total) counts tokens times layers.
@@ -66,41 +83,47 @@ class Engine:
         Raises InputError for no ids or ids outside the vocabulary, ContextError before the cache would overflow;
         neither changes the sequence.
         """
-        ids = self._checked(ids)
-        self._room(len(ids))
-        if len(ids) == 1:
-            return self.step(int(ids[0]))
-        row, start = None, self.position
-        for at in range(0, len(ids), self.chunk):
-            piece = ids[at : at + self.chunk]
-            last = at + len(piece) == len(ids)
-            report = _reporter(on_progress, at, len(piece), len(ids), self.config.n_layers)
-            self._written = max(self._written, start + at + len(piece))
-            row = self._forward.prefill(piece, start + at, "last" if last else "none", report)
-            self.position = start + at + len(piece)
-        self._warn_if_saturated()
-        return row[0].copy()
+        with self._at_work():
+            ids = self._checked(ids)
+            self._room(len(ids))
+            if len(ids) == 1:
+                return self._step(int(ids[0]))
+            row, start = None, self.position
+            for at in range(0, len(ids), self.chunk):
+                piece = ids[at : at + self.chunk]
+                last = at + len(piece) == len(ids)
+                report = _reporter(on_progress, at, len(piece), len(ids), self.config.n_layers)
+                self._written = max(self._written, start + at + len(piece))
+                row = self._forward.prefill(piece, start + at, "last" if last else "none", report)
+                self.position = start + at + len(piece)
+            self._warn_if_saturated()
+            return row[0].copy()
 
     def step(self, token: int) -> np.ndarray:
         """Append one token; float32 logits (V,)."""
-        ids = self._checked([token])
-        self._room(1)
+        with self._at_work():
+            ids = self._checked([token])
+            self._room(1)
+            return self._step(int(ids[0]))
+
+    def _step(self, token: int) -> np.ndarray:
         self._written = max(self._written, self.position + 1)
-        row = self._forward.decode(int(ids[0]), self.position)
+        row = self._forward.decode(token, self.position)
         self.position += 1
         self._warn_if_saturated()
         return row
 
     def logits(self, ids) -> np.ndarray:
         """Float32 logits (T, V) of a whole sequence, from an empty cache; the cache is empty afterwards."""
-        ids = self._checked(ids)
-        self._room(len(ids), 0)
-        self.position = self._written = 0
-        rows = np.empty((len(ids), self.config.vocab_size), np.float32)
-        for at in range(0, len(ids), self.chunk):
-            piece = ids[at : at + self.chunk]
-            rows[at : at + len(piece)] = self._forward.prefill(piece, at, "all")
-        return rows
+        with self._at_work():
+            ids = self._checked(ids)
+            self._room(len(ids), 0)
+            self.position = self._written = 0
+            rows = np.empty((len(ids), self.config.vocab_size), np.float32)
+            for at in range(0, len(ids), self.chunk):
+                piece = ids[at : at + self.chunk]
+                rows[at : at + len(piece)] = self._forward.prefill(piece, at, "all")
+            return rows
 
     def reset(self, position: int = 0) -> None:
         """Keep the first `position` tokens and forget the rest; a sliding window that has moved on can only be emptied."""
@@ -143,7 +166,6 @@ class Engine:
             raise EngineError("the model was loaded before this process was forked; load it in the child")
 
     def _checked(self, ids) -> np.ndarray:
-        self._usable()
         try:
             given = np.asarray(ids)
             if given.dtype.kind not in "iu" and given.size:
@@ -167,12 +189,16 @@ class Engine:
             )
 
     def close(self) -> None:
-        """Free the memory, end the threads, close the files. Closing twice is fine."""
-        if not getattr(self, "_closed", True):
-            self._closed = True
-            self._forward.close()
-            self._forward = None
-            self.source.close()
+        """Free the memory, end the threads, close the files; waits for a call in another thread. Closing twice is fine."""
+        if self._worker == threading.get_ident():
+            raise EngineError("the engine cannot be closed from within its own call")
+        forked = os.getpid() != self._pid  # a child has no thread that could give the lock back
+        with contextlib.nullcontext() if forked else self._busy:
+            if not self._closed:
+                self._closed = True
+                self._forward.close()
+                self._forward = None
+                self.source.close()
 
     def __enter__(self) -> "Engine":
         return self

@@ -31,7 +31,7 @@ MAX_STOPS, MAX_STOP_LENGTH = 64, 1024
 def load(path=None, *, threads: int | None = None, context: int | None = None, chunk: int | None = None, kv: str = "f16") -> "Model":
     """Open a model: a Hugging Face folder or a packed store; without a path the small one that npmix brings.
 
-    threads: default all cores. context: positions of the KV cache, default the smaller of the model's maximum and
+    threads: default the physical cores. context: positions of the KV cache, default the smaller of the model's maximum and
     4096. chunk: prompt tokens computed at once. kv: "f16" or "f32", how keys and values are kept.
     Raises a NpmixError that says what is wrong with the folder or an option.
     """
@@ -121,13 +121,14 @@ class Model:
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """float32 (T, V): row t holds the logits of the token after ids[: t + 1]. InputError, ContextError."""
         ids = self._check_ids(ids)
-        self.turns.take()
+        mark: list[int] = []
         try:
+            self.turns.take(mark)
             with self.turns.running():
                 self._cached = []
                 return self.engine.logits(ids)
         finally:
-            self.turns.give()
+            self.turns.give(mark)
 
     def close(self) -> None:
         """Free the cache and the maps. Waits for the engine's running call; open streams raise at their next piece."""

@@ -103,8 +103,13 @@ class Turns:
         self._running = threading.Lock()
         self._runner: int | None = None
         self._pid = os.getpid()
-        self.holder: int | None = None  # the thread whose turn it is
+        self._mark: list[int] = []  # of who has the turn
         self.closed = False
+
+    @property
+    def holder(self) -> int | None:
+        """The thread whose turn it is."""
+        return next(iter(self._mark), None)
 
     @property
     def forked(self) -> bool:
@@ -124,18 +129,33 @@ class Turns:
         if self.holder == threading.get_ident():
             raise EngineError("another stream of this model is open in this thread: finish or close() it first")
 
-    def take(self) -> None:
-        """Wait for the turn. It may be given back by any thread."""
+    def take(self, mark: list[int]) -> None:
+        """Wait for the turn. `mark`, an empty list, holds this thread's number from here to the `give` of any thread."""
         self.check_free()
-        while not self._turn.acquire(timeout=0.2):
+        try:
+            while not self._turn.acquire(timeout=0.2):
+                self.check()
+            mark.append(threading.get_ident())
+            self._mark = mark
             self.check()
-        self.holder = threading.get_ident()
-        if self.closed:
-            self.give()
-            self.check()
+        except BaseException:  # an interrupt too
+            self.give(mark)
+            raise
 
-    def give(self) -> None:
-        self.holder = None
+    def hand_over(self, mark: list[int]) -> bool:
+        """Make this thread the holder, if the turn is still the mark's."""
+        try:
+            mark[0] = threading.get_ident()
+        except IndexError:
+            return False
+        return True
+
+    def give(self, mark: list[int]) -> None:
+        """Give the turn back if it is the mark's: of several threads that try at once, one does."""
+        try:
+            mark.pop()  # one step, which no other thread can come between
+        except IndexError:
+            return
         self._turn.release()
 
     @contextmanager
@@ -179,7 +199,7 @@ class Stream:
     def __init__(self, model, request: Request):
         self._model = model
         self._request = request
-        self._open = False  # has the turn
+        self._mark: list[int] = []  # not empty while it has the turn
         self._rng = random.Random(request.seed)  # random() of equal seeds is promised to stay equal by Python
         self._decoder = model.tokenizer.stream_decoder(request.context)
         self._stops = StopStrings(request.stop)
@@ -192,6 +212,11 @@ class Stream:
     def held(self) -> str:
         return self._stops.held
 
+    @property
+    def _open(self) -> bool:
+        """Whether it has the turn."""
+        return bool(self._mark)
+
     def __iter__(self):
         return _Loop(self)
 
@@ -203,7 +228,7 @@ class Stream:
                     return piece
         except BaseException:  # an interrupt too: the turn must not stay taken
             if self._open:
-                self.close()
+                self._end(self.stats.stop_reason or "cancelled")
             raise
         raise StopIteration
 
@@ -219,26 +244,25 @@ class Stream:
         self.close()
 
     def __del__(self):
-        if getattr(self, "_open", False):
-            self.close()
+        if getattr(self, "_mark", None):
+            self._end(self.stats.stop_reason or "cancelled")
 
     def _end(self, reason: str) -> None:
         self.stats.stop_reason = reason
-        if self._open:
-            self._open = False
-            self._model.turns.give()
+        self._model.turns.give(self._mark)
 
     def _next_id(self) -> int | None:
         """Run the engine for one more id; None if another thread closed the stream meanwhile."""
         model, stats = self._model, self.stats
         start = time.perf_counter()
         if not self._open:
-            model.turns.take()
-            self._open = True
-        with model.turns.running():
-            if not self._open:
+            model.turns.take(self._mark)
+            if stats.stop_reason is not None:  # closed while it waited
+                model.turns.give(self._mark)
                 return None
-            model.turns.holder = threading.get_ident()  # a stream may be handed to another thread
+        with model.turns.running():
+            if not model.turns.hand_over(self._mark):  # a stream may be handed to another thread
+                return None
             if not stats.ids:
                 model.engine.load_kernels()  # the first run compiles: no prompt is to blame for that
                 before = time.perf_counter()

@@ -207,3 +207,14 @@ def test_info_of_nothing(tmp_path):
     for function in (info, verify):
         with pytest.raises(CheckpointError, match="config.json"):
             function(tmp_path)
+
+
+def test_threads_by_default_are_those_of_the_engine(tmp_path, monkeypatch):
+    """Without threads= a conversion uses as many as an engine would."""
+    from npmix import convert as module
+
+    seen = []
+    monkeypatch.setattr(module, "default_threads", lambda: 3)
+    monkeypatch.setattr(module, "_convert", lambda *arguments: seen.append(arguments[4]))
+    convert(tiny_hf(tmp_path / "hf"), tmp_path / "store")
+    assert seen == [3]

@@ -459,3 +459,20 @@ def test_numbers_that_were_not_finite_are_forgotten(tmp_path):
             engine.prefill([50, 2])
         assert engine.position == 3
         assert (engine.step(IDS[3]) == expected[3]).all()
+
+
+def test_one_call_at_a_time(folder):
+    """A second call while one is at work is an error at once; closing from within a call is too, and does not close."""
+    with Engine(folder, threads=1) as engine:
+        told = []
+
+        def meanwhile(done, total):
+            for call in (lambda: engine.step(1), lambda: engine.prefill([1, 2]), lambda: engine.logits([1]), engine.close):
+                with pytest.raises(EngineError):
+                    call()
+                told.append(done)
+
+        row = engine.prefill(IDS, meanwhile)
+        assert len(told) == 4 * 3 and engine.position == len(IDS)
+        engine.reset()
+        assert (engine.prefill(IDS) == row).all()

@@ -248,3 +248,54 @@ def test_text_held_back_at_an_early_end(model):
     stream = model.stream("a", stop=text + "!", **{**OPTIONS, "on_progress": lambda *_: thread_free.set()})
     stream.close()
     assert stream.held == "" and not thread_free.is_set()
+
+
+def test_closed_by_many_threads_at_once(model):
+    """However many threads end a stream together, the model is given back once."""
+    for _ in range(50):
+        mark, started = [], threading.Barrier(4)
+        model.turns.take(mark)
+
+        def give(mark=mark, started=started):
+            started.wait()
+            model.turns.give(mark)
+
+        threads = [threading.Thread(target=give) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert not mark and model.turns.holder is None
+    assert model.generate("b", **OPTIONS) is not None
+
+
+def test_closed_while_it_waits(model):
+    """A stream closed by another thread before its turn comes ends empty and keeps nothing."""
+    first, second, pieces = model.stream("a", **OPTIONS), model.stream("b", **OPTIONS), []
+    next(first)
+    thread = threading.Thread(target=lambda: pieces.extend(second))
+    thread.start()
+    time.sleep(0.1)
+    second.close()
+    first.close()
+    thread.join(30)
+    assert not pieces and second.stats.stop_reason == "cancelled"
+    assert model.generate("b", **OPTIONS) is not None
+
+
+def test_interrupt_as_the_turn_is_taken(model, monkeypatch):
+    """An interrupt between the wait and the first step leaves the model free."""
+    checks = []
+
+    def check():
+        checks.append(1)
+        if len(checks) == 2:  # the one behind the wait
+            raise KeyboardInterrupt
+
+    stream = model.stream("a", **OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.turns, "check", check)
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
+    assert model.turns.holder is None
+    assert model.generate("b", **OPTIONS) is not None

@@ -55,6 +55,7 @@ class HuggingFaceCheckpoint:
             raise CheckpointError(f"{self.path} is not a folder: expected one with config.json and {SINGLE} or {INDEX}")
         self.config: Config
         self.config, raw = read_config(self.path)
+        self._shapes = self.config.tensor_shapes()
         self.generation = {"eos_ids": self.config.eos_ids}
         self.is_instruct = _looks_instruct(self.path, raw)
         tokenizer = self.path / "tokenizer.model"
@@ -115,7 +116,7 @@ class HuggingFaceCheckpoint:
         place = self._places[name]
         file = self._files[self._where[place.name]]
         data = file.view(place.name)
-        shape = self.config.tensor_shapes()[name] if place.plane is not None else place.shape
+        shape = self._shapes[name] if place.plane is not None else place.shape
         if place.plane is not None:
             data = data[place.plane, place.row : place.row + shape[0]]
         return Tensor(data, DTYPES[file.entries[place.name].dtype][0], shape)
@@ -125,7 +126,7 @@ class HuggingFaceCheckpoint:
         place = self._places[name]
         file = self._files[self._where[place.name]]
         nbytes = self.tensor(name).nbytes
-        row_bytes = nbytes // self.config.tensor_shapes()[name][0]
+        row_bytes = nbytes // self._shapes[name][0]
         skipped = 0 if place.plane is None else (place.plane * place.shape[1] + place.row) * row_bytes
         file.release(file.entries[place.name].start + skipped, nbytes)
 

@@ -73,6 +73,8 @@ class Commands(click.Group):
     def invoke(self, ctx):
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
+            if hasattr(sys.stdout, "reconfigure"):  # a path may hold what stdout's encoding lacks, or a byte that is no text
+                sys.stdout.reconfigure(errors="backslashreplace")
             try:
                 result = super().invoke(ctx)
                 sys.stdout.flush()  # here, where a closed pipe can still be told apart

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from .notices import compile_notice, say, size
+from .notices import compile_notice, escaped, say, size
 from .options import model_option, model_path, threads_option
 
 
@@ -65,7 +65,7 @@ def bench(model, threads, prompt, tokens, turns, chunk, kv, start, json_file):
             model_path(model), threads=threads, prompt=prompt, tokens=tokens, turns=turns, chunk=chunk, kv=kv, start=start, report=say
         )
     for line in _lines(found):
-        print(line)
+        print(escaped(line))
     text = json.dumps(found)
     if json_file:
         json_file.write_text(text + "\n")

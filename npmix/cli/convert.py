@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from ..errors import NpmixError
-from .notices import ProgressBar, compile_notice, say, size
+from .notices import ProgressBar, compile_notice, escaped, say, size
 from .options import threads_option
 
 
@@ -43,7 +43,7 @@ def convert(src, dst, quant, group, uniform, force, threads, quiet):
             bar.finish()
     if not quiet:
         total = conversion.info(dst)["total"]
-        say(f"{dst}: {total['weights']:,} weights in {size(total['bytes'])}, {total['bits_per_weight']:.2f} bits per weight")
+        say(f"{escaped(dst)}: {total['weights']:,} weights in {size(total['bytes'])}, {total['bits_per_weight']:.2f} bits per weight")
 
 
 @click.command(short_help="Check a packed store against its digests.")
@@ -66,6 +66,6 @@ def verify(folder, quiet):
     finally:
         bar.finish()
     if found["kind"] == "store":
-        print(f"{folder}: {found['files']} files match their sha256, all {size(found['bytes'])} of weights are finite")
+        print(f"{escaped(folder)}: {found['files']} files match their sha256, all {size(found['bytes'])} of weights are finite")
     else:
-        print(f"{folder}: no digests to check, all {size(found['bytes'])} of weights are finite")
+        print(f"{escaped(folder)}: no digests to check, all {size(found['bytes'])} of weights are finite")

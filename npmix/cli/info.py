@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from .notices import size
+from .notices import escaped, size
 from .options import model_path
 
 
@@ -51,4 +51,4 @@ def info(folder, as_json):
         print(json.dumps(found))
         return
     for line in _lines(found):
-        print(line)
+        print(escaped(line))

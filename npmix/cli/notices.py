@@ -13,6 +13,11 @@ def say(text: str) -> None:
     print(f"npmix: {text}", file=sys.stderr, flush=True)
 
 
+def escaped(text) -> str:
+    """The text with control characters, line breaks and bytes that are no text as backslash escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 @contextmanager
 def compile_notice(quiet: bool = False):
     """Within this block, say so once when kernels have to be compiled; yields the growing list of their names."""

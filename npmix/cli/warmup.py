@@ -22,11 +22,15 @@ def warmup(model, threads, quiet):
     """
     from ..engine import Engine
     from ..kernels._jit import DISABLED, cache_dir
+    from ..store import open_source
 
     began = time.monotonic()
+    path = model_path(model)
+    with open_source(path) as source:
+        context = min(2 * PROMPT_TOKENS, source.config.max_positions)
     with compile_notice(quiet) as compiled:
         for kv in ("f16", "f32"):
-            with Engine(model_path(model), threads=threads, context=2 * PROMPT_TOKENS, kv=kv) as engine:
+            with Engine(path, threads=threads, context=context, kv=kv) as engine:
                 count = min(PROMPT_TOKENS, engine.context - 1)
                 engine.prefill([i % engine.config.vocab_size for i in range(count)])
                 engine.step(0)

@@ -161,6 +161,9 @@ def softmax_row(scores, begin, end, low, high, out):
             store_f32(scores + 4 * s, v)
             total = add(total, v)
     else:
+        for s in range(max(low, begin), min(high, end)):  # nothing to see here, or nothing but NaN: that must show
+            if get_f32(scores + 4 * s) != get_f32(scores + 4 * s):
+                put_f32(out, F(np.nan))
         for s in range(begin, end, 16):
             store_f32(scores + 4 * s, total)
     put_f32(out + 4, sum_f32(total))
@@ -170,7 +173,7 @@ def softmax_row(scores, begin, end, low, high, out):
 def merge(running, part, width):
     """Merge one block's (max, sum, -, values) into the running one; both are 16 numbers of head and `width` values."""
     top = get_f32(part)
-    if not top > F(-np.inf):
+    if top == F(-np.inf):
         return
     old = get_f32(running)
     new = max(old, top)

@@ -14,7 +14,15 @@ from numba.core import config
 
 from ..errors import ConfigError
 
-FORMS = ("avx512vnni", "avxvnni", "avx2", "neon", "plain")
+# Form -> the target features it needs, the best first.
+NEEDS = {
+    "avx512vnni": {"avx512vnni", "avx512bw", "avx512vl", "avx512f"},
+    "avxvnni": {"avxvnni", "avx2", "fma", "f16c"},
+    "avx2": {"avx2", "fma", "f16c"},
+    "neon": {"dotprod"},
+    "plain": set(),
+}
+FORMS = tuple(NEEDS)
 
 
 @functools.lru_cache(maxsize=None)
@@ -62,17 +70,14 @@ def form() -> str:
 
 @functools.lru_cache(maxsize=None)
 def _best_form() -> str:
-    forced = os.environ.get("NPMIX_FORM")
-    if forced:
-        if forced not in FORMS:
-            raise ConfigError(f"NPMIX_FORM is {forced!r}, expected one of {', '.join(FORMS)}")
-        return forced
-    has = features()
-    if is_x86():
-        if {"avx512vnni", "avx512bw", "avx512vl", "avx512f"} <= has:
-            return "avx512vnni"
-        if "avx2" in has and "fma" in has and "f16c" in has:
-            return "avxvnni" if "avxvnni" in has else "avx2"
-    elif platform.machine().lower() in ("aarch64", "arm64") and "dotprod" in has:
-        return "neon"
-    return "plain"
+    has, forced = features(), os.environ.get("NPMIX_FORM")
+    if not forced:
+        return next(name for name, needs in NEEDS.items() if needs <= has)
+    if forced not in FORMS:
+        raise ConfigError(f"NPMIX_FORM is {forced!r}, expected one of {', '.join(FORMS)}")
+    missing = NEEDS[forced] - has
+    if forced == "avxvnni" and NEEDS["avx512vnni"] <= has:
+        missing = set()  # the same instruction on AVX-512's narrow registers
+    if missing:
+        raise ConfigError(f"NPMIX_FORM is {forced!r}, but the CPU lacks {', '.join(sorted(missing))}; leave it unset to get the best form")
+    return forced

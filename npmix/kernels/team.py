@@ -7,6 +7,7 @@ is an ordinary nogil function called once by every member with its index.
 A member that waits spins for a while, then gives way; the calling thread is member 0.
 """
 
+import collections
 import threading
 
 from ._jit import DISABLED, njit, signature
@@ -45,54 +46,83 @@ class Team:
 
     def __init__(self, size: int):
         self.size = 1 if DISABLED else size  # plain Python kernels cannot wait for each other
-        self._job = None
+        self._job = None  # (kernel, args, who has finished)
+        self._stop = threading.Event()  # tells the present threads to end
         self._wake = []
         self._done = threading.Semaphore(0)
         self._failure = None
 
     def run(self, kernel, *args):
-        """Call kernel(*args, index, members) on every member and wait for all. An exception of any member is raised."""
+        """Call kernel(*args, index, members) on every member and wait for all. An exception of any member is raised.
+
+        A Ctrl-C meanwhile is raised when all have come back: nobody may still be at work when the next run starts.
+        """
         if self.size == 1:
             kernel(*args, 0, 1)
             return
         if not self._wake:
             self._start()
         prepare(kernel, *args, 0, self.size)
-        self._job, self._failure = (kernel, args), None
-        for lock in self._wake:
-            lock.release()
-        try:
-            kernel(*args, 0, self.size)
-        finally:  # also when a Ctrl-C strikes here: nobody may still be at work when the next run starts
-            for _ in self._wake:
+        finished, interrupt, entered = collections.deque(), None, False
+        self._job, self._failure = (kernel, args, finished), None
+        while not entered:  # whoever was woken waits for us inside the kernel
+            try:
+                for lock in self._wake:
+                    _wake_up(lock)
+                entered = True
+                kernel(*args, 0, self.size)
+            except KeyboardInterrupt as stop:
+                interrupt = stop
+            except Exception as failure:
+                self._failure = failure
+        while len(finished) < len(self._wake):
+            try:
                 self._done.acquire()
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
+            except KeyboardInterrupt as stop:
+                interrupt = stop
+        self._job = None
+        failure, self._failure = interrupt or self._failure, None
+        if failure is not None:
             raise failure
 
     def _start(self):
+        self._stop = threading.Event()
         for index in range(1, self.size):
             lock = threading.Lock()
             lock.acquire()
             self._wake.append(lock)
-            threading.Thread(target=self._serve, args=(index, lock), name=f"npmix-{index}", daemon=True).start()
+            threading.Thread(target=self._serve, args=(index, lock, self._stop), name=f"npmix-{index}", daemon=True).start()
 
-    def _serve(self, index, lock):
+    def _serve(self, index, lock, stop):
+        last = None
         while True:
             lock.acquire()
-            if self._job is None:
+            if stop.is_set():
                 return
-            kernel, args = self._job
+            job = self._job
+            if job is None or job[2] is last:  # woken twice for one job
+                continue
+            kernel, args, last = job
             try:
                 kernel(*args, index, self.size)
             except Exception as failure:  # handed to the caller, who raises it
                 self._failure = failure
             finally:
+                del kernel, args, job
+                last.append(index)
                 self._done.release()
 
     def close(self):
         """End the threads."""
-        self._job = None
+        self._stop.set()
         for lock in self._wake:
-            lock.release()
+            _wake_up(lock)
         self._wake = []
+
+
+def _wake_up(lock):
+    """Release a member's lock; a second time does no harm."""
+    try:
+        lock.release()
+    except RuntimeError:  # not yet taken since the first time
+        pass

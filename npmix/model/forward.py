@@ -32,13 +32,22 @@ class Forward:
         self._row = np.zeros((1, self._width), np.float32)
         self.decode_team = self._alone if weights.bytes_per_token() < SMALL else self.team
         self.saturated = False  # a key or value did not fit float16
+        self._loaded = False
 
     def load_kernels(self) -> None:
-        """Compile the kernels or load them from the cache now, not at the first token."""
-        load(self._kernel)
+        """Prove the int8 dot, compile the kernels or load them from the cache; the first token does it if nobody did before."""
+        if not self._loaded:
+            load(self._kernel)
+            self._loaded = True
+
+    def _begin(self) -> None:
+        """Before any work: kernels at hand, and nothing left of a call that was interrupted."""
+        self.load_kernels()
+        self.state.array(t.STATUS)[t.BAD_LAYER // 8] = 0
 
     def decode(self, token: int, position: int) -> np.ndarray:
         """Logits (V,) after one token at `position`; its keys and values enter the cache."""
+        self._begin()
         m, row = self.state.m, self._row
         address = row.__array_interface__["data"][0]
         self.state.array(t.COUNTERS)[:] = 0
@@ -48,6 +57,7 @@ class Forward:
 
     def prefill(self, tokens: np.ndarray, position: int, wanted: str = "last", on_layer=None) -> np.ndarray | None:
         """One chunk of tokens at `position`.. through all layers; logits of its "last" (1, V), "all" (T, V) or "none" of them."""
+        self._begin()
         m, count = self.state.m, len(tokens)
         self.state.array(t.TOKENS)[:count] = tokens
         for layer in range(self.config.n_layers):

@@ -82,7 +82,7 @@ class Weights:
 
     def bytes_per_token(self) -> int:
         """Bytes of weights that one decoded token reads: all matrices, but only the active experts, one embedding row aside."""
-        c, total = self.config, 0
+        c, total = self.config, self._source.tensor("output").nbytes if self.config.tied_embeddings else 0
         for name, shape in c.tensor_shapes().items():
             if len(shape) == 2 and name != "tok_embeddings":
                 size = self._source.tensor(name).nbytes

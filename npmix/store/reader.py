@@ -38,6 +38,9 @@ def read_manifest(folder: Path) -> dict:
     for name, kind in (("is_instruct", bool), ("tensors", dict), ("files", dict), ("recipe", dict), ("source", dict)):
         if not isinstance(manifest[name], kind):
             raise StoreError(f"{path}: {name} is a JSON {type(manifest[name]).__name__}: convert again")
+    for name, field in (("recipe", "name"), ("source", "kind"), ("source", "name")):
+        if not isinstance(manifest[name].get(field), str):
+            raise StoreError(f"{path}: {name} lacks {field} or it is no text: convert again")
     return manifest
 
 

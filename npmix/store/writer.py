@@ -24,6 +24,8 @@ except ImportError:  # Windows
 # what a conversion writes, and nothing else is ever removed
 OURS = re.compile(r"((layer-\d{5}|rest)\.safetensors|tokenizer\.model|npmix\.json|npmix\.partial\.json)(\.partial)?|\.npmix\.lock")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LOCKED = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # what file systems without flock say
 
 
 def _problem(error: OSError, doing: str) -> ConversionError:
@@ -54,7 +56,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 class _Lock:
-    """An exclusive lock on a folder that dies with its process (where the system has flock)."""
+    """An exclusive lock on a folder that dies with its process (where the system and the file system have flock)."""
 
     def __init__(self, folder: Path):
         self.path = folder / LOCK
@@ -63,9 +65,12 @@ class _Lock:
             try:
                 if fcntl is not None:
                     fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                self._file.close()
-                raise StoreError(f"another conversion is writing {folder}: wait for it or choose another folder") from None
+            except OSError as e:
+                if e.errno not in NO_LOCKS:
+                    self._file.close()
+                    if e.errno not in LOCKED:
+                        raise
+                    raise StoreError(f"another conversion is writing {folder}: wait for it or choose another folder") from None
             if self._is_there():
                 return
             self._file.close()  # the former holder removed the file between our open and our lock
@@ -159,10 +164,12 @@ class StoreWriter:
             return
         if (self.folder / "config.json").exists():
             raise ConversionError(f"{self.folder} holds a Hugging Face checkpoint: choose another folder")
-        if force:
-            return
         names = {p.name for p in self.folder.iterdir()} - {LOCK}
         if not names:
+            return
+        if force:
+            if MANIFEST not in names and PROGRESS not in names:  # a tokenizer.model here would be the user's own
+                raise ConversionError(f"{self.folder} is not empty and npmix did not make it: choose another folder")
             return
         unfinished = PROGRESS in names and MANIFEST not in names and all(OURS.fullmatch(name) for name in names)
         if not unfinished:
@@ -182,7 +189,7 @@ class StoreWriter:
         return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else {}
 
     def _prepare(self, force: bool) -> None:
-        """Under the lock: look again, clear what is not ours to keep, check the space."""
+        """Under the lock: look again, check the space, and only then clear what is not ours to keep."""
         self._refuse_occupied(force)
         if not force:
             recorded = self._progress().get("files", {})
@@ -190,19 +197,25 @@ class StoreWriter:
                 entry, path = recorded.get(file.name), self.folder / file.name
                 if isinstance(entry, dict) and path.exists() and path.stat().st_size == file.nbytes == entry.get("bytes"):
                     self.finished[file.name] = {"bytes": file.nbytes, "sha256": str(entry.get("sha256"))}
-        (self.folder / MANIFEST).unlink(missing_ok=True)  # first: from here on this is no store
-        for path in list(self.folder.iterdir()):
-            if path.is_file() and OURS.fullmatch(path.name) and path.name not in (LOCK, PROGRESS, *self.finished):
-                path.unlink()
-        needed = sum(file.nbytes for file in self.plan if file.name not in self.finished) + (1 << 20)
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            if not self.finished:
-                (self.folder / PROGRESS).unlink(missing_ok=True)
-            raise ConversionError(
-                f"{self.folder} needs {needed / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free: free some or choose another disk"
-            )
+        keep = (LOCK, PROGRESS, MANIFEST, *self.finished)
+        old = [path for path in self.folder.iterdir() if path.is_file() and OURS.fullmatch(path.name) and path.name not in keep]
+        self._check_space(old)
+        if (self.folder / MANIFEST).exists():  # first: from here on this is no store, but still known as ours
+            os.replace(self.folder / MANIFEST, self.folder / PROGRESS)
+        for path in old:
+            path.unlink()
         self._record()
+
+    def _check_space(self, old: list[Path]) -> None:
+        """Raise unless the disk has room for what is still to be written once the `old` files are gone."""
+        needed = sum(file.nbytes for file in self.plan if file.name not in self.finished) + (1 << 20)
+        stats = [path.lstat() for path in old]
+        free = shutil.disk_usage(self.folder).free + sum(stat.st_size for stat in stats if stat.st_nlink == 1)
+        if free < needed:
+            what = "free or taken by what would be replaced" if old else "free"
+            raise ConversionError(
+                f"{self.folder} needs {needed / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB {what}: free some or choose another disk"
+            )
 
     def _record(self) -> None:
         progress = {"plan": self.digest, "files": self.finished}

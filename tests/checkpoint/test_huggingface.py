@@ -101,6 +101,15 @@ def test_close_with_a_view_alive(tmp_path):
     assert (tensor.data == before).all()
 
 
+def test_shapes_are_worked_out_once(tmp_path, monkeypatch):
+    """Reading tensors does not list all shapes of the model again each time."""
+    with open_checkpoint(tiny_hf(tmp_path, fused=True)) as source:
+        monkeypatch.setattr(type(source.config), "tensor_shapes", None)
+        for name in source.names():
+            source.tensor(name)
+            source.release(name)
+
+
 def test_tokenizer_path(tmp_path):
     """tokenizer.model is found, or None."""
     assert open_checkpoint(tiny_hf(tmp_path / "a")).tokenizer_path is None

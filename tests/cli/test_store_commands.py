@@ -1,10 +1,12 @@
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 
 import pytest
+from make import tiny_hf
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,24 @@ def test_info(npmix_command, tiny, store):
     assert found["weights"]["experts"]["formats"] == ["q8 group 64"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs names that are any bytes")
+def test_names_that_are_no_text(npmix_command, store, tmp_path):
+    """A byte in a path that is no UTF-8 and control characters in a manifest are printed as escapes."""
+    odd = shutil.copytree(store, os.fsdecode(os.fsencode(tmp_path) + b"/odd\xff\xc3\xa9"))
+    path = os.path.join(odd, "npmix.json")
+    with open(path) as f:
+        manifest = json.load(f)
+    manifest["source"]["name"] = "x\x1b[2J\nkind  y"
+    with open(path, "w") as f:
+        json.dump(manifest, f)
+    found = npmix_command("info", odd)
+    assert found.exit_code == 0 and "odd\\udcffé" in found.stdout and "x\\x1b[2J\\nkind  y (" in found.stdout
+    for command in (["info", odd], ["info", odd, "--json"], ["verify", odd, "--quiet"]):
+        environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+        result = subprocess.run([sys.executable, "-m", "npmix", *command], capture_output=True, env=environment)
+        assert (result.returncode, result.stderr) == (0, b"") and b"odd\\udcff\\" in result.stdout
+
+
 def test_refusals(npmix_command, tiny, store, tmp_path):
     """A DST in use, a SRC that is none, a DIR that is none: one line; contradicting options: usage."""
     assert "--force" in failed(npmix_command("convert", tiny, store, "--quant", "q8"))
@@ -85,3 +105,9 @@ def test_warmup_leaves_nothing_to_compile(npmix_command, store):
     assert (second.returncode, second.stdout, second.stderr) == (0, "", "npmix: all kernels are compiled already\n")
     run = subprocess.run([sys.executable, "-m", "npmix", "run", "-m", store, "-n", "4", "def f(x): return"], capture_output=True, text=True)
     assert run.returncode == 0 and "compiling" not in run.stderr
+
+
+def test_warmup_of_a_short_model(npmix_command, tmp_path):
+    """A model of fewer positions than warmup would take is warmed up with those it has."""
+    short = tiny_hf(tmp_path / "short", max_position_embeddings=32, num_hidden_layers=1)
+    assert npmix_command("warmup", "-m", short, "--quiet").exit_code == 0

@@ -96,6 +96,9 @@ LIES = {
     "file size is wrong": lambda m: m["files"]["rest.safetensors"].update(bytes=4096),
     "tokenizer elsewhere": lambda m: m.update(tokenizer="/etc/passwd"),
     "tokenizer unlisted": lambda m: m.update(tokenizer=None),
+    "source without a name": lambda m: m.update(source={"x": 1}),
+    "source kind is a list": lambda m: m["source"].update(kind=[]),
+    "recipe without a name": lambda m: m["recipe"].pop("name"),
 }
 
 

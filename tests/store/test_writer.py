@@ -1,5 +1,6 @@
 """Writing a store: atomic, resumable, locked, careful with what it finds in the folder."""
 
+import errno
 import json
 import os
 import shutil
@@ -130,6 +131,32 @@ def test_occupied_folders_are_refused(hf, whole, tmp_path):
         convert(hf, tmp_path / "file", "q4")
 
 
+def test_force_leaves_folders_of_others_alone(hf, tmp_path):
+    """Without a manifest or progress file a folder is not npmix's: force replaces nothing in it, whatever its files' names."""
+    dst = tmp_path / "mistral"
+    dst.mkdir()
+    for name in ("params.json", "consolidated.safetensors", "tokenizer.model"):
+        (dst / name).write_text("mine")
+    before = content(dst)
+    with pytest.raises(ConversionError, match="npmix did not make it"):
+        convert(hf, dst, "q4", force=True)
+    assert content(dst) == before
+
+
+def test_force_counts_what_it_replaces_and_looks_first(hf, tmp_path, monkeypatch):
+    """Too little space leaves the old store whole; the room that it takes itself counts as free."""
+    dst = convert(hf, tmp_path / "store", "q8")
+    before = content(dst)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: usage._replace(free=100_000))  # the plan wants 1 MB to spare
+    with pytest.raises(ConversionError, match="would be replaced"):
+        convert(hf, dst, "q8", force=True)
+    assert content(dst) == before
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: usage._replace(free=(1 << 20) + 4096))  # less than a store
+    convert(hf, dst, "q8", force=True)
+    assert content(dst) == before
+
+
 def test_a_checkpoint_is_never_written_to(hf, tmp_path):
     """Not even force writes a store into a Hugging Face folder, least of all the source."""
     before = content(hf)
@@ -157,6 +184,24 @@ def test_two_conversions_cannot_share_a_folder(hf, tmp_path):
     convert(hf, dst, "q4", progress=progress)
     assert refused and not (dst / LOCK).exists()
     open_store(dst).close()
+
+
+@pytest.mark.skipif(writer.fcntl is None, reason="no flock on this system")
+@pytest.mark.parametrize("code, error", [(errno.ENOLCK, None), (errno.EAGAIN, StoreError), (errno.EIO, ConversionError)])
+def test_what_a_lock_that_fails_means(hf, tmp_path, monkeypatch, code, error):
+    """A file system without locks is written to all the same; only a held lock is another conversion."""
+
+    def flock(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(writer.fcntl, "flock", flock)
+    if error is None:
+        open_store(convert(hf, tmp_path / "store", "q4")).close()
+        assert not (tmp_path / "store" / LOCK).exists()
+        return
+    with pytest.raises(error) as e:
+        convert(hf, tmp_path / "store", "q4")
+    assert ("another conversion" in str(e.value)) == (error is StoreError)
 
 
 def test_too_little_space_is_found_before_writing(hf, tmp_path, monkeypatch):
