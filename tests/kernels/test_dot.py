@@ -80,7 +80,7 @@ def test_every_form_gives_the_plain_integers(form, zero, monkeypatch):
 
 
 def test_the_form_follows_the_features(monkeypatch):
-    """The best form whose instructions Numba compiles for; NPMIX_FORM names one outright, and an unknown name is refused."""
+    """The best form whose instructions Numba compiles for; NPMIX_FORM names one outright; one the CPU lacks or nobody knows is refused."""
     monkeypatch.delenv("NPMIX_FORM", raising=False)
     monkeypatch.setattr(cpu, "_best_form", cpu._best_form.__wrapped__)
     ask = cpu.form
@@ -102,7 +102,12 @@ def test_the_form_follows_the_features(monkeypatch):
         monkeypatch.setattr(cpu, "features", lambda has=has: frozenset(has))
         assert ask() == expected
     monkeypatch.setenv("NPMIX_FORM", "avx2")
-    assert ask() == "avx2"
+    with pytest.raises(ConfigError, match="avx2.*lacks.*fma"):
+        ask()
+    monkeypatch.setattr(cpu, "features", lambda: frozenset(vnni | base))
+    for forced in ("avx2", "avxvnni"):  # AVX-512 has AVX-VNNI's instruction too
+        monkeypatch.setenv("NPMIX_FORM", forced)
+        assert ask() == forced
     monkeypatch.setenv("NPMIX_FORM", "sse9")
     with pytest.raises(ConfigError, match="sse9.*plain"):
         ask()
