@@ -144,7 +144,8 @@ class Engine:
     def _warn_if_saturated(self) -> None:
         if self._forward.saturated and not self._warned:
             self._warned = True
-            warnings.warn("a key or value was too large for the float16 cache and was cut to 65,504; use --kv f32 (kv=\"f32\")", stacklevel=3)
+            text = 'a key or value was too large for the float16 cache and was cut to 65,504; use --kv f32 (kv="f32")'
+            warnings.warn(text, stacklevel=3)
 
     def memory(self) -> dict[str, int]:
         """Bytes: KV cache, scratch buffers (both anonymous), and mapped weights."""
