@@ -11,6 +11,7 @@ from ._jit import njit
 from .tile import BLOCKS, HEIGHT, dense_tile, packed_tile
 
 
+@njit
 def act_bytes(cols, group):
     """Bytes of one token's activations (see `tile.py`): quantised for a packed matrix, float32 for a dense one."""
     if group == 0:
@@ -19,15 +20,13 @@ def act_bytes(cols, group):
     return n_groups * (group + 8)
 
 
-act_bytes = njit(act_bytes)
-
-
 @functools.lru_cache(maxsize=None)
 def matmul(name, group):
     """A kernel (w, rows, cols, first, last, acts, tokens, out, out_bytes) for row blocks first..last of one matrix.
 
-    w: address of the matrix (rows, cols); acts: address of the activations of `tokens` tokens in tiles as `tile_start`
-    cuts them; out: float32, row r of token t at out + t * out_bytes + 4 * r. A packed matrix writes whole row blocks.
+    w: address of the matrix (rows, cols); acts: address of the activations of `tokens` tokens, cut into `n_tiles`
+    tiles of which tile i starts at token i * tokens // n_tiles; out: float32, row r of token t at
+    out + t * out_bytes + 4 * r. A packed matrix writes whole row blocks.
     """
     return _packed(name, group) if group else _dense(name)
 
