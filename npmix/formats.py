@@ -20,6 +20,7 @@ from dataclasses import dataclass
 ROW_BLOCK = 16  # rows of a row block
 GROUPS = (32, 64, 128)  # inputs that may share a scale
 DEFAULT_GROUP = 64
+SHARED = 128  # activations that share a scale, whatever the weights' group: dim 4,096 has 32 scales a token
 EXPERT_UNIT = 256  # rows of w_gate and w_up that one thread takes at a time: whole pairs of groups of w_down's inputs
 
 DENSE = {"f32": 4, "f16": 2, "bf16": 2}  # bytes a weight

@@ -59,7 +59,7 @@ def losses(model, x, y):
 
 
 class Trainer:
-    def __init__(self, work, files, compiled=True):
+    def __init__(self, work, files, again=False, compiled=True):
         self.work = Path(work)
         self.model = tiny_model.make_model()
         self.model.train()
@@ -72,6 +72,9 @@ class Trainer:
         self.losses = torch.compile(losses, dynamic=False) if compiled else losses
         if self.checkpoint.exists():
             self.restore()
+        if again and self.factor < DONE:
+            self.asked.unlink(missing_ok=True)
+            self.factor = 1.0
 
     @property
     def checkpoint(self):
@@ -146,12 +149,17 @@ class Trainer:
             if end is not None:  # straight to zero from wherever it stands, also when the file was rewritten or time was lost
                 self.factor *= max(0.0, 1 - taken / max(end - time.time() + taken, 1e-9))
             if self.step % 20 == 0:
-                print(f"{self.elapsed:8.0f} s  step {self.step}  loss {loss:.4f}  balance {balance:.3f}  "
-                      f"{BATCH / taken:6.0f} tokens/s  rate x {self.factor:.3f}", flush=True)
+                print(
+                    f"{self.elapsed:8.0f} s  step {self.step}  loss {loss:.4f}  balance {balance:.3f}  "
+                    f"{BATCH / taken:6.0f} tokens/s  rate x {self.factor:.3f}",
+                    flush=True,
+                )
             if self.factor < DONE or self.elapsed - saved >= save_every:
                 held = bits(self.model)
                 means = [statistics.fmean(column) for column in zip(*sums)]
                 with curve.open("a") as file:
-                    file.write(f"{self.elapsed:.0f}\t{self.step}\t{self.tokens}\t{self.factor:.4f}\t{means[0]:.4f}\t{means[1]:.4f}\t{held:.4f}\n")
+                    file.write(
+                        f"{self.elapsed:.0f}\t{self.step}\t{self.tokens}\t{self.factor:.4f}\t{means[0]:.4f}\t{means[1]:.4f}\t{held:.4f}\n"
+                    )
                 self.save(end)
                 saved, sums = self.elapsed, []

@@ -37,7 +37,9 @@ def load_tokenizer(work):
 
 
 @click.group()
-@click.option("--stdlib", type=click.Path(path_type=Path, exists=True), default=tiny_corpus.default_stdlib, help="CPython 3.11.7's lib/python3.11.")
+@click.option(
+    "--stdlib", type=click.Path(path_type=Path, exists=True), default=tiny_corpus.default_stdlib, help="CPython 3.11.7's lib/python3.11."
+)
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder for checkpoints and results, outside the repository.")
 @click.option("--threads", default=2, show_default=True)
 @click.pass_context
@@ -81,11 +83,14 @@ def tokenizer(obj):
 
 
 @main.command()
-@click.option("--minutes", default=180.0, show_default=True, help="Active time; its last quarter is the decay unless a file DECAY comes first.")
+@click.option(
+    "--minutes", default=180.0, show_default=True, help="Active time; its last quarter is the decay unless a file DECAY comes first."
+)
 @click.option("--length", default=512, show_default=True, help="Sequence length before the decay.")
 @click.option("--nice", default=19, show_default=True, help="How far to stand back behind other processes.")
+@click.option("--again", is_flag=True, help="After a finished decay: back to the full rate, and on.")
 @click.pass_obj
-def train(obj, minutes, length, nice):
+def train(obj, minutes, length, nice, again):
     """Train, or go on from the last checkpoint in the work folder."""
     import torch
 
@@ -103,7 +108,7 @@ def train(obj, minutes, length, nice):
     files = [(document([text]), document(tiny_corpus.split_definitions(text))) for text in texts.values()]
     held = {path: tiny_corpus.read_corpus(stdlib, "held")[path] for path in tiny_corpus.PIECE}
     print(f"{len(files)} files, {sum(len(whole) for whole, _ in files):,} tokens", flush=True)
-    trainer = tiny_training.Trainer(work, files)
+    trainer = tiny_training.Trainer(work, files, again)
     trainer.run(minutes, length, lambda model: tiny_validate.bits_per_byte(model, pieces, held, window=512))
 
 

@@ -6,6 +6,7 @@ because compiled kernels that later read through these addresses have no bounds 
 Tensors may lie at any byte alignment; bf16 is seen as uint16 (NumPy has no bf16).
 """
 
+import contextlib
 import json
 import mmap
 from dataclasses import dataclass
@@ -111,6 +112,9 @@ class SafetensorsFile:
                 pass
             with open(self.path, "rb") as f:
                 self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                with contextlib.suppress(OSError):  # a system without them
+                    self._map.madvise(mmap.MADV_HUGEPAGE)  # what is read from the disk comes in pages of 2 MiB: fewer misses of the TLB
             # through a memoryview, which forbids unmapping while a view lives; ndarray(buffer=map) would not
             self._bytes = np.frombuffer(memoryview(self._map), np.uint8)
         except SafetensorError as e:

@@ -5,7 +5,7 @@ each is held to the plain one on random and edge values.
 """
 
 from . import cpu
-from .simd import call, const_i32, const_vector, load, scalar, shuffle, splat, vector
+from .simd import call, const_vector, load, scalar, shuffle, splat, vector
 
 
 def emit_splat4(builder, address):
@@ -36,11 +36,23 @@ def works_on_signed(zero):
     return zero == 128 and cpu.form() in ("avx2", "neon")
 
 
-def emit_dot_start(builder, total, zero):
-    """What an accumulator starts from, all lanes: -zero * sum of the group's inputs, so the zero point costs nothing."""
+START = -8  # a group's sum of inputs is kept times this: what the accumulators of 4-bit codes start from
+
+
+def emit_dot_start(builder, address, zero):
+    """What an accumulator starts from, all lanes: -zero * sum of the group's inputs, so the zero point costs nothing.
+
+    address: int32, START times that sum.
+    """
     if works_on_signed(zero):
         return const_vector("i32", 16, 0)
-    return splat(builder, builder.mul(total, const_i32(-zero)))
+    start = splat(builder, load(builder, address, scalar("i32")))
+    return start if zero == -START else builder.mul(start, const_vector("i32", 16, zero // -START))
+
+
+def takes_high_nibbles():
+    """Whether codes up to 240 may be multiplied: high nibbles where they are, the sum divided by 16 afterwards."""
+    return cpu.form() not in ("avx2", "neon")  # 16-bit sums saturate; signed bytes end at 127
 
 
 def _vnni_operands(builder, codes, inputs):

@@ -6,9 +6,9 @@ in the cache while every token tile passes over it, and memory is read once.
 
 import functools
 
-from ..formats import DENSE, span_bytes
+from ..formats import DENSE, SHARED, span_bytes
 from ._jit import njit
-from .tile import BLOCKS, HEIGHT, dense_tile, packed_tile
+from .tile import BLOCKS, HEIGHT, SINGLE, dense_tile, packed_tile
 
 
 @njit
@@ -17,7 +17,7 @@ def act_bytes(cols, group):
     if group == 0:
         return (cols + 15) // 16 * 64
     n_groups = (cols + 2 * group - 1) // (2 * group) * 2
-    return n_groups * (group + 8)
+    return n_groups * (group + 4) + (n_groups * group + SHARED - 1) // SHARED * 4
 
 
 @functools.lru_cache(maxsize=None)
@@ -38,7 +38,7 @@ def n_tiles(tokens):
 
 
 def _packed(name, group):
-    one = packed_tile(name, group, 1, 1)  # decode: one stream of memory
+    one, some = packed_tile(name, group, 1, 1), packed_tile(name, group, SINGLE, 1)  # decode
     t1, t2, t3, t4, t5, t6 = [packed_tile(name, group, BLOCKS, min(h, HEIGHT)) for h in range(1, 7)]
     whole = span_bytes(name, group)
 
@@ -62,10 +62,13 @@ def _packed(name, group):
         n_groups = (cols + 2 * group - 1) // (2 * group) * 2
         block_bytes = n_groups // 2 * whole
         if tokens == 1:
-            for block in range(first, last):
+            whole_last = last - (last - first) % SINGLE
+            for block in range(first, whole_last, SINGLE):
+                some(w + block * block_bytes, block_bytes, n_groups, acts, out + 64 * block, out_bytes, 64)
+            for block in range(whole_last, last):
                 one(w + block * block_bytes, block_bytes, n_groups, acts, out + 64 * block, out_bytes, 64)
             return
-        token_bytes = n_groups * (group + 8)
+        token_bytes = act_bytes(cols, group)
         tiles = n_tiles(tokens)
         for block in range(first, last, BLOCKS):
             both = block + BLOCKS <= last  # an odd last block is paired with itself

@@ -9,13 +9,13 @@ import functools
 import numpy as np
 from numpy import float32 as F
 
-from ..formats import EXPERT_UNIT
+from ..formats import EXPERT_UNIT, SHARED
 from ._jit import njit
 from .attention import STRIP
 from .matmul import absent, matmul
 from .ops import add, get_f32, get_i64, load_f32, put_f32, put_i64, store_f32, ticks
 from .router import choose
-from .rows import quantise_group, quantise_row, rms_norm, rope, swiglu
+from .rows import quantise_row, quantise_shared, rms_norm, rope, swiglu
 from .tables import *  # noqa: F403  (the columns)
 from .team import barrier
 
@@ -168,13 +168,12 @@ def unit_to_acts(h, unit, hidden, group, tile, height, t):
         for k in range(0, min(EXPERT_UNIT, width - start), 16):
             store_f32(tile + 4 * (t * width + start + k), load_f32(h + 4 * k))
         return
-    n_groups = (hidden + 2 * group - 1) // (2 * group) * 2
-    scales = tile + height * n_groups * group
-    sums = scales + 4 * height * n_groups
-    for g in range(start // group, min((start + EXPERT_UNIT) // group, n_groups)):
-        codes = tile + height * g * group + 4 * t
-        at = 4 * (height * g + t)
-        quantise_group(h + 4 * (g * group - start), group, codes, 4 * height, scales + at, sums + at)
+    width = (hidden + 2 * group - 1) // (2 * group) * 2 * group
+    scales = tile + height * width
+    starts = scales + (width + SHARED - 1) // SHARED * 4 * height
+    for k in range(start, min(start + EXPERT_UNIT, width), SHARED):
+        at, first = scales + 4 * (k // SHARED * height + t), starts + 4 * (k // group * height + t)
+        quantise_shared(h + 4 * (k - start), min(SHARED, width - k), group, tile + height * k + 4 * t, 4 * height, at, first, 4 * height)
 
 
 @njit

@@ -12,21 +12,21 @@ import numpy as np
 
 from . import cpu
 from ._jit import DISABLED, cache_dir, njit
-from .dot import emit_dot4, emit_dot_start
-from .simd import i64, load, op, peek, poke, scalar, store, vector, void
+from .dot import START, emit_dot4, emit_dot_start
+from .simd import i64, load, op, peek, poke, store, vector, void
 
 
 def _dot_once(zero):
     """op(codes, inputs, total, out): 16 dots of 4 with their start, codes meaning `code - zero`, as int32 at out."""
 
     def emit(builder, codes, inputs, total, out):
-        start = emit_dot_start(builder, load(builder, total, scalar("i32")), zero)
+        start = emit_dot_start(builder, total, zero)
         a, b = load(builder, codes, vector("i8", 64)), load(builder, inputs, vector("i8", 64))
         store(builder, emit_dot4(builder, start, a, b, zero), out)
 
     def twin(codes, inputs, total, out):
         products = peek(codes, np.uint8, 64).astype(np.int32) * peek(inputs, np.int8, 64)
-        poke(out, products.reshape(16, 4).sum(1, dtype=np.int32) - np.int32(zero) * peek(total, np.int32, 1))
+        poke(out, products.reshape(16, 4).sum(1, dtype=np.int32) + np.int32(zero // -START) * peek(total, np.int32, 1))
 
     return op(void, (i64,) * 4, twin)(emit)
 
@@ -54,7 +54,7 @@ def agrees(zero: int) -> bool:
     inputs[:32], inputs[32:64] = rng.choice([-127, 0, 127], (32, 4)), 127
     codes[32:40], inputs[40:48] = top, -127
     wide = np.tile(inputs, (1, 16))
-    totals = inputs.sum(1, dtype=np.int32)
+    totals = START * inputs.sum(1, dtype=np.int32)
     out = np.zeros((512, 16), np.int32)
     dot_kernel(cpu.form(), zero)(*(a.__array_interface__["data"][0] for a in (codes, wide, totals, out)), 512)
     exact = (codes.astype(np.int32) - zero) * wide

@@ -3,7 +3,8 @@
 One hard fact: the summation law stands here and nowhere else, and does not know R or h, so one token
 alone (decode), six of a tile (prefill) and any split over threads give the same bits:
 
-    packed   y = 0; for each group g in order:  y = fma(float(int_g), w_scale[g] * x_scale[g], y)
+    packed   y = 0; for each run of SHARED inputs in order:  s = 0; for each of its groups g in order:
+             s = fma(float(int_g), w_scale[g], s); then  y = fma(s, x_scale of the run, y)
              int_g is the exact integer dot of the group, in any order
     dense    16 lanes, lane k % 16, k ascending by fma; then lanes added by halves (8, 4, 2, 1);
              the last cols % 16 inputs enter as one more vector that ends at the row's end
@@ -12,18 +13,19 @@ Each tile is an operation with its NumPy twin; loops are emitted as IR because a
 as 24 must stay in registers, which a Python body cannot promise.
 
 Activations of a tile of h tokens ("acts") lie together, `act_bytes` per token:
-    packed   codes int8 [cols_padded / 4][h][4], x_scale float32 [groups][h], sums int32 [groups][h]
+    packed   codes int8 [cols_padded / 4][h][4], x_scale float32 [runs][h], starts int32 [groups][h] (START * sum of the group's codes)
     dense    float32 [h][cols_padded], padding zero
 """
 
+import contextlib
 import functools
 
 import numpy as np
 from numba.core import cgutils
 
-from ..formats import PACKED, span_bytes
+from ..formats import PACKED, SHARED, span_bytes
 from . import cpu
-from .dot import NARROW_DOTS, emit_dot4, emit_dot_narrow, emit_dot_start, emit_splat4, emit_widen, has_narrow
+from .dot import NARROW_DOTS, emit_dot4, emit_dot_narrow, emit_dot_start, emit_splat4, emit_widen, has_narrow, takes_high_nibbles
 from .simd import (
     const_i64,
     const_vector,
@@ -50,16 +52,20 @@ from .simd import (
 # The tallest tile: 2 row blocks x 6 tokens are 12 integer and 12 float accumulators of AVX-512's 32 registers;
 # where 16 lanes take several registers, 1 x 4 keeps the integer ones from spilling.
 BLOCKS, HEIGHT = (2, 6) if cpu.wide_registers() else (1, 4)
-AHEAD = 4096  # bytes a single token's tile fetches ahead: hardware stops at the end of a 4 KiB page
+# A single token's tile: each broadcast of inputs feeds 4 dots, and fewer instructions a byte keep more bytes in flight.
+SINGLE = 4 if cpu.wide_registers() else 1
+AHEAD = 4096 if cpu.fetches_ahead() else 0  # bytes a single token's tile fetches ahead
 
 
 # ---- packed ------------------------------------------------------------------------------------
 
 
-def _unpack_line(builder, name, line):
-    """The vectors of codes in one 64-byte line, in the order of their inputs."""
+def _unpack_line(builder, name, line, raw):
+    """The vectors of codes in one 64-byte line, in the order of their inputs. raw: leave high nibbles where they are, times 16."""
     if name == "q8":
         return [line]
+    if raw:
+        return [builder.and_(line, const_vector("i8", 64, 15)), builder.and_(line, const_vector("i8", 64, -16))]
     wide = builder.bitcast(line, vector("i16", 32))
     high = builder.bitcast(builder.lshr(wide, const_vector("i16", 32, 4)), vector("i8", 64))
     mask = const_vector("i8", 64, 15)
@@ -73,87 +79,131 @@ def packed_tile(name, group, blocks, height):
     w: address of the first row block, block_bytes apart. out: float32, token t's 16 rows of block r at
     out + t * out_bytes + r * next_block (bytes). With block_bytes and next_block 0 one block is done twice.
     """
-    zero, step = PACKED[name].zero, PACKED[name].step
-    whole, lines = span_bytes(name, group), group // PACKED[name].step
-    cells = [(r, t) for r in range(blocks) for t in range(height)]
-    chains = 1 if has_narrow(zero) else max(1, min(4, 8 // len(cells)))  # few cells: split each sum, or the dot's latency shows
-    unroll = lines if lines * len(cells) * step // 4 <= 96 else min(lines, 4)
-    unroll = NARROW_DOTS * 4 // step if has_narrow(zero) else unroll
 
-    def emit(builder, w, block_bytes, n_groups, acts, out, out_bytes, next_block):
-        f32x16, i32x16 = vector("f32", 16), vector("i32", 16)
-        count = builder.mul(n_groups, const_i64(group * height))
-        scales = builder.add(acts, count)
-        sums = builder.add(scales, builder.mul(n_groups, const_i64(4 * height)))
-        total = {c: cgutils.alloca_once_value(builder, const_vector("f32", 16, 0.0)) for c in cells}
-        part = {(c, k): cgutils.alloca_once(builder, i32x16) for c in cells for k in range(chains)}
-        narrow = {c: cgutils.alloca_once(builder, vector("i16", 32)) for c in cells} if has_narrow(zero) else {}
-        bases = [builder.add(w, builder.mul(block_bytes, const_i64(r))) for r in range(blocks)]
-
-        def dot_line(at, line_index, inputs):
-            """One line of each row block against its inputs of every token; `inputs` is their address."""
-            if len(cells) == 1:
-                for b in bases:
-                    prefetch(builder, builder.add(builder.add(b, at), const_i64(AHEAD)))
-            codes = [_unpack_line(builder, name, load(builder, builder.add(b, at), vector("i8", 64))) for b in bases]
-            for j in range(step // 4):
-                for t in range(height):
-                    x = emit_splat4(builder, builder.add(inputs, const_i64(4 * (j * height + t))))
-                    for r in range(blocks):
-                        if narrow:
-                            cell = narrow[r, t]
-                            builder.store(emit_dot_narrow(builder, builder.load(cell), codes[r][j], x), cell)
-                        else:
-                            cell = part[(r, t), (line_index * (step // 4) + j) % chains]
-                            builder.store(emit_dot4(builder, builder.load(cell), codes[r][j], x, zero), cell)
-
-        def group_of(g, span, half):
-            """One group: exact integers by lines, then scaled into the totals. half: 0 or 1, which group of the span."""
-            codes_at = builder.add(span, builder.add(const_i64(64), builder.mul(half, const_i64(lines * 64))))
-            inputs = builder.add(acts, builder.mul(g, const_i64(group * height)))
-            per_token = builder.mul(g, const_i64(4 * height))
-            for t in range(height):
-                at = builder.add(sums, builder.add(per_token, const_i64(4 * t)))
-                start = emit_dot_start(builder, load(builder, at, scalar("i32")), zero)
-                for r in range(blocks):
-                    for k in range(chains):
-                        builder.store(start if k == 0 else const_vector("i32", 16, 0), part[(r, t), k])
-            with cgutils.for_range(builder, const_i64(lines // unroll), intp=scalar("i64")) as inner:
-                first = builder.mul(inner.index, const_i64(unroll))
-                for cell in narrow.values():
-                    builder.store(const_vector("i16", 32, 0), cell)
-                for i in range(unroll):
-                    line = builder.add(first, const_i64(i))
-                    at = builder.add(codes_at, builder.mul(line, const_i64(64)))
-                    dot_line(at, i, builder.add(inputs, builder.mul(line, const_i64(step * height))))
-                for c, cell in narrow.items():
-                    builder.store(emit_widen(builder, builder.load(part[c, 0]), builder.load(cell)), part[c, 0])
-            scale_at = builder.add(span, builder.mul(half, const_i64(32)))
-            w_scale = [emit_load_f16(builder, builder.add(b, scale_at)) for b in bases]
-            for t in range(height):
-                at = builder.add(scales, builder.add(per_token, const_i64(4 * t)))
-                x_scale = splat(builder, load(builder, at, scalar("f32")))
-                for r in range(blocks):
-                    exact = builder.load(part[(r, t), 0])
-                    for k in range(1, chains):
-                        exact = builder.add(exact, builder.load(part[(r, t), k]))
-                    cell = total[r, t]
-                    scale = builder.fmul(w_scale[r], x_scale)
-                    builder.store(emit_fma(builder, builder.sitofp(exact, f32x16), scale, builder.load(cell)), cell)
-
-        with cgutils.for_range(builder, builder.lshr(n_groups, const_i64(1)), intp=scalar("i64")) as loop:
-            span, g = builder.mul(loop.index, const_i64(whole)), builder.shl(loop.index, const_i64(1))
-            if len(cells) <= 2:  # little work a byte: without the inner loop more bytes are in flight
-                for i in range(2):
-                    group_of(builder.add(g, const_i64(i)), span, const_i64(i))
-            else:
-                with cgutils.for_range(builder, const_i64(2), intp=scalar("i64")) as inner:
-                    group_of(builder.add(g, inner.index), span, inner.index)
-        for r, t in cells:
-            at = builder.add(builder.mul(out_bytes, const_i64(t)), builder.mul(next_block, const_i64(r)))
-            store(builder, builder.load(total[r, t]), builder.add(out, at))
+    def emit(builder, *args):
+        _PackedLoops(builder, name, group, blocks, height, *args).emit()
 
     return op(void, (i64,) * 7, _packed_twin(name, group, blocks, height))(emit)
+
+
+class _PackedLoops:
+    """The loops of one packed tile, being written into a function: runs of SHARED inputs, their groups, the lines of a group."""
+
+    def __init__(self, builder, name, group, blocks, height, w, block_bytes, n_groups, acts, out, out_bytes, next_block):
+        self.builder, self.name, self.group, self.height = builder, name, group, height
+        self.w, self.n_groups, self.acts = w, n_groups, acts
+        self.out, self.out_bytes, self.next_block = out, out_bytes, next_block
+        self.cells = [(r, t) for r in range(blocks) for t in range(height)]
+        few = len(self.cells) <= SINGLE
+        self.zero, self.step = PACKED[name].zero, PACKED[name].step
+        self.lines, self.run_groups = group // self.step, SHARED // group
+        self.single = height == 1 and blocks in (1, SINGLE)
+        self.raw = name == "q4" and few and takes_high_nibbles()  # a shift a group instead of one a line
+        narrow = has_narrow(self.zero)
+        # few cells: split sums, or the dot's latency shows
+        self.chains = 1 if narrow else 2 if self.raw else max(1, min(4, 8 // len(self.cells)))
+        dots = self.lines * len(self.cells) * self.step // 4
+        self.unroll = NARROW_DOTS * 4 // self.step if narrow else self.lines if dots <= 96 else min(self.lines, 4)
+
+        self.scales = builder.add(acts, builder.mul(n_groups, const_i64(group * height)))
+        self.runs = builder.udiv(builder.add(n_groups, const_i64(self.run_groups - 1)), const_i64(self.run_groups))
+        self.starts = builder.add(self.scales, builder.mul(self.runs, const_i64(4 * height)))
+        self.rows = [builder.add(w, builder.mul(block_bytes, const_i64(r))) for r in range(blocks)]
+        self.total = {c: cgutils.alloca_once_value(builder, const_vector("f32", 16, 0.0)) for c in self.cells}
+        self.scaled = {c: cgutils.alloca_once(builder, vector("f32", 16)) for c in self.cells}
+        self.part = {(c, k): cgutils.alloca_once(builder, vector("i32", 16)) for c in self.cells for k in range(self.chains)}
+        self.narrow = {c: cgutils.alloca_once(builder, vector("i16", 32)) for c in self.cells} if narrow else {}
+
+    def emit(self):
+        builder, full = self.builder, const_i64(self.run_groups)
+        if len(self.cells) <= SINGLE:  # little work a byte: without inner loops more bytes are in flight
+            with self.loop(builder.udiv(self.n_groups, full)) as index:
+                self.run(index, builder.mul(index, full), self.run_groups)
+            if self.run_groups > 2:  # a last run of half the length
+                with builder.if_then(builder.trunc(builder.lshr(self.n_groups, const_i64(1)), scalar("i1"))):
+                    self.run(builder.sub(self.runs, const_i64(1)), builder.sub(self.n_groups, const_i64(2)), 2)
+        else:
+            with self.loop(self.runs) as index:
+                first = builder.mul(index, full)
+                left = builder.sub(self.n_groups, first)
+                self.run(index, first, builder.select(builder.icmp_signed("<", left, full), left, full))
+        for r, t in self.cells:
+            at = builder.add(builder.mul(self.out_bytes, const_i64(t)), builder.mul(self.next_block, const_i64(r)))
+            store(builder, builder.load(self.total[r, t]), builder.add(self.out, at))
+
+    @contextlib.contextmanager
+    def loop(self, count):
+        with cgutils.for_range(self.builder, count, intp=scalar("i64")) as loop:
+            yield loop.index
+
+    def run(self, index, first, count):
+        """One run of inputs that share an activation scale: `count` groups (a number, or an i64) from group `first`."""
+        builder = self.builder
+        for cell in self.scaled.values():
+            builder.store(const_vector("f32", 16, 0.0), cell)
+        if isinstance(count, int):
+            for i in range(count):
+                self.group_of(builder.add(first, const_i64(i)))
+        else:
+            with self.loop(count) as i:
+                self.group_of(builder.add(first, i))
+        at = builder.add(self.scales, builder.mul(index, const_i64(4 * self.height)))
+        for r, t in self.cells:
+            x_scale = splat(builder, load(builder, builder.add(at, const_i64(4 * t)), scalar("f32")))
+            value = emit_fma(builder, builder.load(self.scaled[r, t]), x_scale, builder.load(self.total[r, t]))
+            builder.store(value, self.total[r, t])
+
+    def group_of(self, g):
+        """One group: exact integers by lines, then scaled and added."""
+        builder, half = self.builder, self.builder.and_(g, const_i64(1))
+        span = builder.mul(builder.lshr(g, const_i64(1)), const_i64(span_bytes(self.name, self.group)))
+        codes_at = builder.add(span, builder.add(const_i64(64), builder.mul(half, const_i64(self.lines * 64))))
+        inputs = builder.add(self.acts, builder.mul(g, const_i64(self.group * self.height)))
+        start_at = builder.add(self.starts, builder.mul(g, const_i64(4 * self.height)))
+        for r, t in self.cells:
+            start = emit_dot_start(builder, builder.add(start_at, const_i64(4 * t)), self.zero)
+            for k in range(self.chains):
+                builder.store(start if k == 0 else const_vector("i32", 16, 0), self.part[(r, t), k])
+        with self.loop(const_i64(self.lines // self.unroll)) as index:
+            first = builder.mul(index, const_i64(self.unroll))
+            for cell in self.narrow.values():
+                builder.store(const_vector("i16", 32, 0), cell)
+            for i in range(self.unroll):
+                line = builder.add(first, const_i64(i))
+                at = builder.add(codes_at, builder.mul(line, const_i64(64)))
+                self.line(at, i, builder.add(inputs, builder.mul(line, const_i64(self.step * self.height))))
+            for c, cell in self.narrow.items():
+                builder.store(emit_widen(builder, builder.load(self.part[c, 0]), builder.load(cell)), self.part[c, 0])
+        scale_at = builder.add(span, builder.mul(half, const_i64(32)))
+        w_scale = [emit_load_f16(builder, builder.add(b, scale_at)) for b in self.rows]
+        for c in self.cells:
+            exact = builder.sitofp(self.exact(c), vector("f32", 16))
+            builder.store(emit_fma(builder, exact, w_scale[c[0]], builder.load(self.scaled[c])), self.scaled[c])
+
+    def line(self, at, index, inputs):
+        """One line of each row block against its inputs of every token; `inputs` is their address."""
+        builder, dots = self.builder, self.step // 4
+        if self.single and AHEAD:
+            for b in self.rows:
+                prefetch(builder, builder.add(builder.add(b, at), const_i64(AHEAD)))
+        codes = [_unpack_line(builder, self.name, load(builder, builder.add(b, at), vector("i8", 64)), self.raw) for b in self.rows]
+        for j in range(dots):
+            for t in range(self.height):
+                x = emit_splat4(builder, builder.add(inputs, const_i64(4 * (j * self.height + t))))
+                for r in range(len(self.rows)):
+                    if self.narrow:
+                        cell = self.narrow[r, t]
+                        builder.store(emit_dot_narrow(builder, builder.load(cell), codes[r][j], x), cell)
+                    else:
+                        cell = self.part[(r, t), (index * dots + j) % self.chains]
+                        builder.store(emit_dot4(builder, builder.load(cell), codes[r][j], x, self.zero), cell)
+
+    def exact(self, cell):
+        """The integer of the group, from its chains."""
+        sums = [self.builder.load(self.part[cell, k]) for k in range(self.chains)]
+        if self.raw:  # the second chain took the high nibbles, times 16
+            sums[1] = self.builder.ashr(sums[1], const_vector("i32", 16, 4))
+        return functools.reduce(self.builder.add, sums)
 
 
 def _packed_twin(name, group, blocks, height):
@@ -162,11 +212,14 @@ def _packed_twin(name, group, blocks, height):
         codes, w_scale = np.concatenate(codes), np.concatenate(w_scale)
         cols = n_groups * group
         x = peek(acts, np.int8, height * cols).reshape(-1, height, 4).transpose(1, 0, 2).reshape(height, n_groups, group)
-        x_scale = peek(acts + height * cols, np.float32, n_groups * height).reshape(n_groups, height)
+        x_scale = peek(acts + height * cols, np.float32, -(-cols // SHARED) * height).reshape(-1, height)
         y = np.zeros((height, 16 * blocks), np.float32)
-        for g in range(n_groups):
-            exact = x[:, g].astype(np.int32) @ codes[:, g].T
-            y = twin_fma(exact.astype(np.float32), w_scale[None, :, g] * x_scale[g][:, None], y)
+        for run, first in enumerate(range(0, n_groups, SHARED // group)):
+            scaled = np.zeros_like(y)
+            for g in range(first, min(first + SHARED // group, n_groups)):
+                exact = x[:, g].astype(np.int32) @ codes[:, g].T
+                scaled = twin_fma(exact.astype(np.float32), w_scale[None, :, g], scaled)
+            y = twin_fma(scaled, x_scale[run][:, None], y)
         for t in range(height):
             for r in range(blocks):
                 poke(out + t * out_bytes + r * next_block, y[t, 16 * r : 16 * r + 16])

@@ -7,7 +7,7 @@ quantised are padded with zeros to 256 numbers, the widest pair of groups.
 import numpy as np
 
 from ..config import Config
-from ..formats import EXPERT_UNIT
+from ..formats import EXPERT_UNIT, SHARED
 from ..kernels import tables as t
 from ..kernels.attention import BLOCK, TALLEST
 from ..kernels.prefill import QUERY_ROWS
@@ -22,7 +22,10 @@ def _pad(n: int, to: int) -> int:
 
 def _act_bytes(cols: int, group: int) -> int:
     """Bytes of one token's activations, as kernels count them (`kernels.matmul.act_bytes`)."""
-    return 4 * _pad(cols, 16) if group == 0 else _pad(cols, 2 * group) // group * (group + 8)
+    if group == 0:
+        return 4 * _pad(cols, 16)
+    cols = _pad(cols, 2 * group)
+    return cols + 4 * (-(-cols // SHARED) + cols // group)
 
 
 class RunState:

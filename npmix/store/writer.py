@@ -23,6 +23,7 @@ except ImportError:  # Windows
 
 # what a conversion writes, and nothing else is ever removed
 OURS = re.compile(r"((layer-\d{5}|rest)\.safetensors|tokenizer\.model|npmix\.json|npmix\.partial\.json)(\.partial)?|\.npmix\.lock")
+PIECE = 8 << 20  # bytes of a file written at a time: Linux caches them in the 2 MiB pages that a map of them then has
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOCKED = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # what file systems without flock say
@@ -98,21 +99,34 @@ class FileWriter:
         self._temporary = folder / (plan.name + PARTIAL)
         self._at = 0
         self._sha = hashlib.sha256()
-        self._file = open(self._temporary, "wb")
+        self._piece, self._filled = memoryview(bytearray(PIECE)), 0
+        self._file = open(self._temporary, "wb", buffering=0)
         self.write(plan.header)
 
     def write(self, data) -> None:
         """Append bytes (or a C-contiguous array)."""
         data = memoryview(data).cast("B")
-        self._file.write(data)
         self._sha.update(data)
         self._at += data.nbytes
+        while data.nbytes:
+            taken = min(data.nbytes, PIECE - self._filled)
+            self._piece[self._filled : self._filled + taken] = data[:taken]
+            self._filled += taken
+            data = data[taken:]
+            if self._filled == PIECE:
+                self._flush()
+
+    def _flush(self) -> None:
+        left = self._piece[: self._filled]
+        while left.nbytes:
+            left = left[self._file.write(left) :]
+        self._filled = 0
 
     def finish(self) -> dict:
         """Sync, rename; returns the manifest's entry."""
         if self._at != self.plan.nbytes:
             raise ConversionError(f"{self.plan.name}: {self._at} bytes were written, the plan says {self.plan.nbytes}")
-        self._file.flush()
+        self._flush()
         os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self._temporary, self._final)

@@ -1,8 +1,8 @@
 """What `test_forms.py` runs in this process and, for other forms of the machine code, in children: all kernels on fixed input.
 
-    python forms_probe.py OUT.npz              products alone: the int8 dot is all that has forms
-    python forms_probe.py OUT.npz -            all kernels
-    python forms_probe.py OUT.npz FOLDER       all kernels, and logits of the models in FOLDER
+python forms_probe.py OUT.npz              products alone: the int8 dot is all that has forms
+python forms_probe.py OUT.npz -            all kernels
+python forms_probe.py OUT.npz FOLDER       all kernels, and logits of the models in FOLDER
 """
 
 import sys
@@ -47,7 +47,7 @@ def kernels() -> dict[str, np.ndarray]:
     results["swiglu"] = out.array.copy()
     rope(row.at, other.at, 100, F(0.3), out.at)
     results["rope"] = out.array[:200].copy()
-    codes = Memory(256 + 8 * 8, np.uint8)
+    codes = Memory(256 + 2 * 4 + 8 * 4, np.uint8)
     quantise_row(row.at, 256, 32, codes.at)
     results["quantised"] = codes.array.copy()
     experts, results["router"] = choice(rng.standard_normal(8), 3)

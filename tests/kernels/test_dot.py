@@ -11,8 +11,8 @@ from kernel_tools import Memory, memory
 from npmix.errors import ConfigError
 from npmix.kernels import cpu
 from npmix.kernels._jit import njit
-from npmix.kernels.dot import emit_dot4, emit_dot_start, emit_splat4
-from npmix.kernels.simd import const_i64, i64, load, op, scalar, store, vector, void
+from npmix.kernels.dot import START, emit_dot4, emit_dot_start, emit_splat4
+from npmix.kernels.simd import const_i64, i64, load, op, store, vector, void
 
 COUNT = 2000
 EDGES = {8: [0, 1, 7, 8, 14, 15], 128: [0, 1, 15, 127, 128, 129, 254, 255]}
@@ -38,7 +38,7 @@ def dots(form, zero, monkeypatch):
     monkeypatch.setattr(cpu, "form", lambda: form)
 
     def emit(builder, total, acc, codes, inputs, out):
-        value = emit_dot_start(builder, load(builder, total, scalar("i32")), zero)
+        value = emit_dot_start(builder, total, zero)
         value = builder.add(value, load(builder, acc, vector("i32", 16)))
         for i in range(4):
             line = load(builder, builder.add(codes, const_i64(64 * i)), vector("i8", 64))
@@ -71,7 +71,7 @@ def test_every_form_gives_the_plain_integers(form, zero, monkeypatch):
     codes[2], x[2] = 2 * zero - 1, 127
     codes[3], x[3] = 2 * zero - 1, -127
     acc = rng.integers(-(2**24), 2**24, (COUNT, 16)).astype(np.int32)
-    total = x.astype(np.int32).sum((1, 2), dtype=np.int32)
+    total = START * x.astype(np.int32).sum((1, 2), dtype=np.int32)
     places = [memory(a) for a in (total, acc, codes, x)]
     out = Memory((COUNT, 16), np.int32)
     dots(form, zero, monkeypatch)(COUNT, *(place.at for place in places), out.at)

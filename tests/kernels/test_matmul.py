@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from kernel_tools import Memory, memory, same_bits
 
-from npmix.formats import DENSE, GROUPS, PACKED
+from npmix.formats import DENSE, GROUPS, PACKED, SHARED
 from npmix.kernels.matmul import act_bytes, matmul, n_tiles
 from npmix.kernels.phases import matmul_by_slot
 from npmix.kernels.rows import put_in_tile, quantise_row
@@ -30,7 +30,8 @@ def _fill(x, x_bytes, cols, group, tokens, row, acts):
 
 
 def bytes_of(cols, group):
-    return -(-cols // 16) * 64 if group == 0 else -(-cols // (2 * group)) * 2 * (group + 8)
+    width = -(-cols // (2 * group)) * 2 * group if group else 0
+    return width + 4 * -(-width // SHARED) + 4 * (width // group) if group else -(-cols // 16) * 64
 
 
 def activations(x, group):
@@ -125,7 +126,7 @@ def test_slots_choose_the_format():
 
 
 def test_bytes_of_activations():
-    """A packed token is its codes, a scale and a sum a group, padded to whole pairs of groups; a dense one is float32 padded to 16."""
+    """A packed token is its codes, padded to whole pairs of groups, a scale per SHARED and a start per group; a dense one float32."""
     for cols in (1, 16, 63, 64, 65, 256, 300, 14336):
         for group in (0, *GROUPS):
             assert act_bytes(cols, group) == bytes_of(cols, group)

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 from kernel_tools import Memory, memory, same_bits, ulps
+from test_matmul import bytes_of
 
-from npmix.formats import DENSE, FORMAT_IDS, GROUPS, PACKED
-from npmix.kernels.rows import cache_write, embed, put_in_tile, quantise_group, quantise_row, rms_norm, rope, swiglu
+from npmix.formats import DENSE, FORMAT_IDS, GROUPS, PACKED, SHARED
+from npmix.kernels.dot import START
+from npmix.kernels.rows import cache_write, embed, put_in_tile, quantise_row, quantise_shared, rms_norm, rope, swiglu
 from npmix.kernels.simd import twin_fma, twin_reduce_add
 from npmix.quant.pack import dequantize, pack
 from npmix.quant.round import quantise
@@ -32,56 +34,58 @@ def edge_groups(group, seed):
 
 
 def quantised(x, group):
-    """What `quantise_group` says a group is: codes, scale, sum."""
+    """What `quantise_shared` says inputs that share a scale are: codes, scale, the start of each group."""
     largest = np.abs(x).max()
-    if largest < F(1e-30):
-        return np.zeros(group, np.int8), F(0), 0
-    codes = np.rint(x * (F(127) / largest)).astype(np.int8)
-    return codes, largest / F(127), int(codes.astype(np.int32).sum())
+    tiny = largest < F(1e-30)
+    codes = np.zeros(x.size, np.int8) if tiny else np.rint(x * (F(127) / largest)).astype(np.int8)
+    return codes, F(0) if tiny else largest / F(127), START * codes.reshape(-1, group).sum(1, dtype=np.int32)
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_quantised_group(group):
-    """codes = nearest even(x * (127 / max|x|)) within -127..127, scale = max|x| / 127, sum of the codes: exactly; a group below 1e-30
-    is 0. Words of four codes land their distance apart and nothing else is written."""
-    for x in edge_groups(group, group):
-        given = memory(x)
-        for word_bytes in (4, 24):
-            codes, scale, total = Memory((group // 4, word_bytes), np.int8, fill=99), Memory(1, F), Memory(1, np.int32)
-            quantise_group(given.at, group, codes.at, word_bytes, scale.at, total.at)
-            expected = quantised(x, group)
-            assert (codes.array[:, :4].ravel() == expected[0]).all() and (codes.array[:, 4:] == 99).all()
-            assert same_bits(scale.array[0], expected[1]) and total.array[0] == expected[2]
-            assert np.abs(codes.array[:, :4].astype(int)).max() <= 127
-            assert codes.intact() and scale.intact() and total.intact()
-            assert np.abs(x - codes.array[:, :4].ravel() * scale.array.astype(np.float64)).max() <= 0.5001 * scale.array[0] + 1e-30
+def test_quantised_inputs(group):
+    """codes = nearest even(x * (127 / max|x|)) within -127..127, scale = max|x| / 127, the starts START * sum of a group's codes:
+    exactly; inputs below 1e-30 are 0. Words of four codes land their distance apart and nothing else is written."""
+    for count in range(group, SHARED + 1, group):
+        for x in edge_groups(count, count):
+            given = memory(x)
+            for word_bytes in (4, 24):
+                codes, scale = Memory((count // 4, word_bytes), np.int8, fill=99), Memory(1, F)
+                starts = Memory((count // group, 2), np.int32, fill=99)
+                quantise_shared(given.at, count, group, codes.at, word_bytes, scale.at, starts.at, 8)
+                expected = quantised(x, group)
+                assert (codes.array[:, :4].ravel() == expected[0]).all() and (codes.array[:, 4:] == 99).all()
+                assert same_bits(scale.array[0], expected[1])
+                assert (starts.array[:, 0] == expected[2]).all() and (starts.array[:, 1] == 99).all()
+                assert np.abs(codes.array[:, :4].astype(int)).max() <= 127
+                assert codes.intact() and scale.intact() and starts.intact()
+                assert np.abs(x - codes.array[:, :4].ravel() * scale.array.astype(np.float64)).max() <= 0.5001 * scale.array[0] + 1e-30
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_a_group_that_is_not_finite_shows():
-    """One NaN or infinity anywhere in a group gives a NaN for a scale, among large numbers and among zeros."""
+def test_inputs_that_are_not_finite_show():
+    """One NaN or infinity anywhere gives a NaN for a scale, among large numbers and among zeros."""
     for bad in (np.nan, np.inf, -np.inf):
         for base in (0.0, 1.0, 1e-35):
-            for at in (0, 5, 31):
-                x = np.full(32, base, F)
+            for at in (0, 5, 31, 127):
+                x = np.full(SHARED, base, F)
                 x[at] = bad
-                given, codes, scale, total = memory(x), Memory(32, np.int8), Memory(1, F), Memory(1, np.int32)
-                quantise_group(given.at, 32, codes.at, 4, scale.at, total.at)
-                assert np.isnan(scale.array[0]) and codes.intact()
+                given, codes, scale, starts = memory(x), Memory(SHARED, np.int8), Memory(1, F), Memory(4, np.int32)
+                quantise_shared(given.at, SHARED, 32, codes.at, 4, scale.at, starts.at, 4)
+                assert np.isnan(scale.array[0]) and codes.intact() and starts.intact()
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_quantised_row(group):
-    """A row is its groups: all codes, then all scales, then all sums; inputs past the row are zeros of the padded row."""
+    """A row is its runs of SHARED inputs: all codes, then all scales, then all starts; inputs past the row are zeros of the padded row."""
     for cols in (1, 32, 100, 2 * group, 4 * group + 1):
-        n_groups = -(-cols // (2 * group)) * 2
-        x = np.zeros(-(-n_groups * group // 256) * 256, F)
+        width = -(-cols // (2 * group)) * 2 * group
+        x = np.zeros(-(-width // 256) * 256, F)
         x[:cols] = np.random.default_rng(cols).standard_normal(cols)
-        given, out = memory(x), Memory(n_groups * (group + 8), np.uint8)
+        given, out = memory(x), Memory(bytes_of(cols, group), np.uint8)
         quantise_row(given.at, cols, group, out.at)
-        expected = [quantised(x[g * group : (g + 1) * group], group) for g in range(n_groups)]
-        codes, scales, sums = zip(*expected)
-        parts = [np.concatenate(codes), np.array(scales, F), np.array(sums, np.int32)]
+        expected = [quantised(x[k : min(k + SHARED, width)], group) for k in range(0, width, SHARED)]
+        codes, scales, starts = zip(*expected)
+        parts = [np.concatenate(codes), np.array(scales, F), np.concatenate(starts)]
         assert out.array.tobytes() == b"".join(p.tobytes() for p in parts) and out.intact()
 
 
@@ -97,8 +101,7 @@ def test_a_dense_row_is_copied():
 def test_place_in_a_tile(group):
     """Token t of a tile of h: words of four bytes side by side, [word][token], for a packed matrix; whole rows for a dense one."""
     cols, height = 70, 3
-    n_groups = -(-cols // (2 * group)) * 2 if group else 0
-    words = 80 if group == 0 else n_groups * (group + 8) // 4  # 80: 70 padded to whole vectors
+    words = 80 if group == 0 else bytes_of(cols, group) // 4  # 80: 70 padded to whole vectors
     rows = np.random.default_rng(1).integers(0, 2**31, (height, words), dtype=np.int32)
     tile = Memory(height * words, np.int32)
     for t in range(height):

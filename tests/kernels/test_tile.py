@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from kernel_tools import Memory, address, memory, same_bits, ulps
 
-from npmix.formats import GROUPS, PACKED
+from npmix.formats import GROUPS, PACKED, SHARED
 from npmix.kernels._jit import DISABLED, njit
+from npmix.kernels.dot import START
 from npmix.kernels.simd import twin_bf16, twin_fma
 from npmix.kernels.tile import HEIGHT, dense_tile, packed_tile
 from npmix.quant.pack import pack
@@ -26,7 +27,7 @@ def twin(tile):
 
 
 def packed_case(name, group, blocks, n_groups, tokens, seed):
-    """Random and edge codes and scales of 16 * blocks rows; the activations of each token: codes, scales, sums."""
+    """Random and edge codes and scales of 16 * blocks rows; the activations of each token: codes, and a scale per SHARED inputs."""
     rng = np.random.default_rng(seed)
     rows, cols, top = 16 * blocks, n_groups * group, 1 << PACKED[name].bits
     codes = rng.integers(0 if name == "q4" else 1, top, (rows, cols), dtype=np.uint8)
@@ -35,25 +36,28 @@ def packed_case(name, group, blocks, n_groups, tokens, seed):
     scales[3], scales[4], scales[5] = 0, 6e-8, -65504
     x = rng.integers(-127, 128, (tokens, cols), dtype=np.int8)
     x[0] = np.where(np.arange(cols) % 3, 127, -127)
-    x_scale = (np.abs(rng.standard_normal((tokens, n_groups))) * 0.01).astype(F)
+    x_scale = (np.abs(rng.standard_normal((tokens, -(-cols // SHARED)))) * 0.01).astype(F)
     return codes, scales, x, x_scale
 
 
 def acts_of(x, x_scale, group):
-    """A tile of tokens as `tile.py` lays it out: codes [cols / 4][h][4], scales [groups][h], sums [groups][h]."""
+    """A tile of tokens as `tile.py` lays it out: codes [cols / 4][h][4], scales [runs][h], starts [groups][h]."""
     h, cols = x.shape
     codes = np.ascontiguousarray(x.reshape(h, -1, 4).transpose(1, 0, 2)).view(np.uint8).ravel()
-    sums = x.astype(np.int32).reshape(h, -1, group).sum(2, dtype=np.int32)
-    return np.concatenate([codes, *(np.ascontiguousarray(a.T).view(np.uint8).ravel() for a in (x_scale, sums))])
+    starts = START * x.astype(np.int32).reshape(h, -1, group).sum(2, dtype=np.int32)
+    return np.concatenate([codes, *(np.ascontiguousarray(a.T).view(np.uint8).ravel() for a in (x_scale, starts))])
 
 
 def packed_law(codes, scales, zero, group, x, x_scale):
-    """y = fma(exact integer of the group, w_scale * x_scale, y), groups in order."""
+    """Runs of SHARED inputs in order: s = fma(exact integer of a group, w_scale, s), groups in order; then y = fma(s, x_scale, y)."""
     y = np.zeros((len(x), len(codes)), F)
-    for g in range(scales.shape[1]):
-        at = slice(g * group, (g + 1) * group)
-        exact = x[:, at].astype(np.int64) @ (codes[:, at].astype(np.int64) - zero).T
-        y = twin_fma(exact.astype(F), scales[None, :, g].astype(F) * x_scale[:, g, None], y)
+    for run in range(x_scale.shape[1]):
+        s = np.zeros_like(y)
+        for g in range(run * SHARED // group, min((run + 1) * SHARED // group, scales.shape[1])):
+            at = slice(g * group, (g + 1) * group)
+            exact = x[:, at].astype(np.int64) @ (codes[:, at].astype(np.int64) - zero).T
+            s = twin_fma(exact.astype(F), scales[None, :, g].astype(F), s)
+        y = twin_fma(s, x_scale[:, run, None], y)
     return y
 
 
@@ -71,7 +75,7 @@ def run_packed(function, packed, blocks, block_bytes, n_groups, acts, tokens, ne
 def test_packed_tile_obeys_the_law(name, group):
     """Every height, one row block or two: the compiled tile, its twin and the law in plain words agree within 2 units of
     the last place, and any two heights give a token equal bits. Codes and inputs cover the edges; scales are of any size and sign."""
-    n_groups = 4
+    n_groups = 6  # for groups of 32 the last run is a half one
     codes, scales, x, x_scale = packed_case(name, group, 2, n_groups, HEIGHT, 10 * group + PACKED[name].bits)
     packed = pack(codes, scales, name, group)
     half = packed.size // 2
@@ -115,7 +119,7 @@ def test_integers_are_exact_at_the_edges(name, group):
     got = np.zeros((2, 16), F)
     run = compiled(packed_tile(name, group, 1, 1), 7)
     for t in range(2):
-        got[t] = run_packed(run, packed, 1, 0, 2, acts_of(x[t : t + 1], np.ones((1, 2), F), group), 1)
+        got[t] = run_packed(run, packed, 1, 0, 2, acts_of(x[t : t + 1], np.ones((1, -(-2 * group // SHARED)), F), group), 1)
     assert (got == (codes[:, 0].astype(np.int64) - spec.zero)[None] * x[:, :1].astype(np.int64) * 2 * group).all()
 
 

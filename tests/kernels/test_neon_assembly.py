@@ -1,0 +1,95 @@
+"""The NEON form of the int8 dot, compiled for AArch64 on any machine: what its inner loop is made of.
+
+One hard fact: tiles are emitted as IR before a machine is known, so LLVM's AArch64 backend shows on an x86 host what an ARM host would run.
+"""
+
+import json
+import re
+
+import llvmlite.binding as llvm
+import pytest
+from kernel_tools import ROOT, child
+
+from npmix.formats import SHARED
+from npmix.kernels import cpu
+
+PROBE = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import asm
+asm.aim("aarch64")
+from npmix.kernels import cpu
+texts = {name: asm.cross_assembly(*asm.kernel("packed", name.split()), "aarch64") for name in sys.argv[2:]}
+print(json.dumps({name: (text, asm.hottest(text), asm.on_stack(asm.hottest(text))) for name, text in texts.items()}))
+assert cpu.form() == "neon"
+"""
+TILES = ["q4 64 1 1", "q4 64 1 4", "q8 64 1 1", "q8 64 1 4"]
+# A line of 64 bytes of codes is four registers; lanes or bytes taken one by one would be these.
+ONE_BY_ONE = re.compile(r"^(?:umov|smov|ins|ldrb|ldrsb|strb|ldrh|strh|[su]xtb|bfxil|[su]bfx)\b|\.[bh]\[|^tbl\b")
+
+
+def has_backend() -> bool:
+    """Whether this llvmlite can compile for AArch64."""
+    llvm.initialize_all_targets()
+    try:
+        llvm.Target.from_triple("aarch64-unknown-linux-gnu")
+    except RuntimeError:
+        return False
+    return True
+
+
+pytestmark = [pytest.mark.compiled, pytest.mark.skipif(not has_backend(), reason="llvmlite has no AArch64 backend")]
+
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory):
+    """Tile -> (its assembly, the instructions of its inner loop, how many of them reach for the stack)."""
+    cache = tmp_path_factory.mktemp("cache")
+    clear = dict.fromkeys(("NPMIX_FORM", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"))
+    return json.loads(child(PROBE, cache, ROOT / "tools", *TILES, **clear).stdout)
+
+
+@pytest.mark.parametrize("name", TILES)
+def test_the_loop_is_made_of_dots(tiles, name):
+    """16 products each, exactly as many `sdot` as the products of the loop: of a run of inputs for one token, else of a group."""
+    text, body, _ = tiles[name]
+    _, group, blocks, height = (int(x) if x.isdigit() else x for x in name.split())
+    inputs = SHARED if blocks * height <= 2 else group
+    dots = [line for line in body if line.startswith("sdot")]
+    assert len(dots) == inputs * 16 * blocks * height // 16
+    assert all(re.fullmatch(r"sdot\s+v\d+\.4s, v\d+\.16b, v\d+\.(?:16b|4b\[\d\])", line) for line in dots)
+
+
+@pytest.mark.parametrize("name", TILES)
+def test_bytes_stay_in_registers(tiles, name):
+    """No byte is moved by itself, nothing is called, and activations enter by loads that fill a register."""
+    text, body, _ = tiles[name]
+    assert not [line for line in body if ONE_BY_ONE.search(line)]
+    assert not re.search(r"^\s+(?:bl|blr)\s", text, re.M) and "x86" not in text
+    assert [line for line in body if re.match(r"ld1r\s+\{ v\d+\.4s \}|dup\s+v\d+\.4s|ldp?r?\s+q", line)]
+
+
+@pytest.mark.parametrize("name", [name for name in TILES if name.startswith("q4")])
+def test_nibbles_are_unpacked_in_vectors(tiles, name):
+    """A line of 4-bit codes takes 4 shifts and 8 masks of a whole register."""
+    _, body, _ = tiles[name]
+    _, group, blocks, height = name.split()
+    lines = (SHARED if int(blocks) * int(height) <= 2 else int(group)) // 8 * int(blocks)
+    masks = [line for line in body if re.match(r"(?:and|bic)\s+v\d+\.16b", line)]
+    shifts = [line for line in body if re.match(r"ushr\s+v\d+\.(?:8h|16b), v\d+\.\w+, #4$", line)]
+    assert len(shifts) == 4 * lines and 4 * lines <= len(masks) <= 8 * lines
+
+
+@pytest.mark.parametrize(
+    "name, has, implied",
+    [
+        ("generic", (), False),
+        ("generic", ("dotprod",), True),
+        ("neoverse-n1", ("neon",), True),
+        ("cortex-a72", (), False),
+        ("apple-m1", (), True),
+    ],
+)
+def test_processors_that_have_the_dot(name, has, implied):
+    """LLVM's list of a host's features leaves `dotprod` out; the processor's name tells."""
+    assert cpu.implies_dotprod("aarch64-unknown-linux-gnu", name, frozenset(has)) is implied
