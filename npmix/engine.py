@@ -157,6 +157,11 @@ class Engine:
         self._usable()
         return self._forward.weights.bytes_per_token()
 
+    def phase_ticks(self) -> dict[str, int]:
+        """Processor ticks that each phase of the kernels took since the engine was opened, and "now", when the last phase ended."""
+        self._usable()
+        return self._forward.phase_ticks()
+
     def _weight_bytes(self) -> int:
         return sum(self.source.tensor(name).nbytes for name in self.config.tensor_shapes())
 

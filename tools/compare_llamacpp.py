@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from llamacpp_peer import PeerError, Settings, Work, best_settings, make_peer, write_gguf  # noqa: E402
 from make_checkpoint import MIXTRAL, RandomSource, make_config  # noqa: E402
 
-from npmix.benchmark import decode_bytes, machine, prefill_operations, token_ids  # noqa: E402
+from npmix.benchmark import attention_operations, decode_bytes, machine, prefill_operations, prompt_bytes, token_ids  # noqa: E402
 from npmix.convert import convert  # noqa: E402
 from npmix.engine import Engine  # noqa: E402
 from npmix.kernels import tables as t  # noqa: E402
@@ -86,30 +86,13 @@ def busy_seconds() -> float:
 # ---- what a machine could do at most -----------------------------------------------------------------
 
 
-def attention_operations(config, tokens: int) -> int:
-    """Multiplications and additions by keys and values that a prompt needs: all queries, in the last layer that of the last token."""
-    pairs = tokens * (tokens + 1) // 2 * (config.n_layers - 1) + tokens
-    return 4 * config.n_heads * config.head_dim * pairs
-
-
-def prompt_bytes(engine) -> int:
-    """Bytes of weights a short prompt has to read once: all matrices, every expert; in the last layer only those of one token."""
-    c, total = engine.config, 0
-    last = f"layers.{c.n_layers - 1}.experts."
-    for name, shape in c.tensor_shapes().items():
-        if len(shape) == 2 and name != "tok_embeddings":
-            size = engine.source.tensor(name).nbytes
-            total += size * c.n_active // c.n_experts if name.startswith(last) else size
-    return total
-
-
 def ceiling(engine, work: Work, peaks: dict) -> float:
     """Tokens a second at most. peaks: bytes a second of `read`, operations a second of `int8` and `float32`."""
     if work.kind == "decode":
         return peaks["read"] / decode_bytes(engine, work.depth + work.tokens // 2)
     seconds = prefill_operations(engine.config, work.tokens) / peaks["int8"]
     if work.tokens <= 64:  # fewer tokens an expert than memory is slower than arithmetic
-        seconds = max(seconds, prompt_bytes(engine) / peaks["read"])
+        seconds = max(seconds, prompt_bytes(engine, work.tokens) / peaks["read"])
     if work.tokens >= 4096:
         seconds += attention_operations(engine.config, work.tokens) / peaks["float32"]
     return work.tokens / seconds

@@ -1,72 +1,67 @@
-"""`npmix bench`: the measurements of `npmix.benchmark` as a table, the same as JSON in the last line."""
+"""`npmix bench`: the measurements of `npmix.benchmark`, or two saved ones side by side; the same as JSON in the last line."""
 
 import json
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
-from .notices import compile_notice, escaped, say, size
-from .options import model_option, model_path, threads_option
+from .bench_table import comparison_lines, result_lines
+from .notices import compile_notice, escaped, say
+from .options import Numbers, model_option, model_path
 
-
-def _span(summary: dict, digits: int = 1) -> str:
-    """Median and, in brackets, least and most."""
-    return f"{summary['median']:,.{digits}f} ({summary['min']:,.{digits}f}-{summary['max']:,.{digits}f})"
-
-
-def _share(summary: dict) -> str:
-    return f"{100 * summary['median']:.0f} % ({100 * summary['min']:.0f}-{100 * summary['max']:.0f})"
+FILE = click.Path(path_type=Path)
 
 
-def _lines(found: dict):
-    """The report, a line at a time; figures are medians, least and most in brackets."""
-    on, prefill, decode, ceilings = found["machine"], found["prefill"], found["decode"], found["ceilings"]
-    yield f"machine   {on['cpu']}, {on['cores']} cores, {on['system']}, int8 form {on['int8_form']}"
-    yield f"software  npmix {on['npmix']}, numba {on['numba']}, Python {on['python']}"
-    yield f"model     {found['model']}: {found['layers']} layers, {found['format']}"
-    yield f"setting   {found['threads']} threads, prompt of {prefill['tokens']} tokens, chunk {found['chunk']}, KV cache {found['kv']}"
-    if "start" in found:
-        start, memory = found["start"], found["memory"]
-        yield f"start     cold {start['cold_s']:.2f} s, warm {start['warm_s']:.2f} s to the first token ({start['what']})"
-        if memory["anonymous"] is not None:
-            yield f"memory    {size(memory['anonymous'])} anonymous, {size(memory['held']['kv_cache'])} of it the KV cache"
-    yield f"ceilings  memory read {_span(ceilings['read_gbs'])} GB/s, int8 {_span(ceilings['int8_gops'], 0)} GOP/s"
-    yield (
-        f"prefill   {_span(prefill['tokens_per_s'])} tok/s, {prefill['operations_per_token'] / 1e9:.3f} GOP a token,"
-        f" {_span(prefill['gops'])} GOP/s, {_share(prefill['share_of_int8'])} of the int8 peak"
-    )
-    yield (
-        f"decode    {_span(decode['tokens_per_s'])} tok/s, {size(decode['bytes_per_token'])} a token,"
-        f" {_span(decode['gbs'])} GB/s, {_share(decode['share_of_read'])} of memory read"
-    )
+def _check_alone(ctx, allowed=("compared", "json_file")) -> None:
+    """With --compare nothing is measured: options that say what to measure are a mistake."""
+    for parameter in ctx.command.params:
+        if parameter.name not in allowed and ctx.get_parameter_source(parameter.name) == ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--compare measures nothing, so it takes no {parameter.opts[-1]}.", ctx)
 
 
 @click.command(short_help="Measure start, prefill and decode against the machine's ceilings.")
 @model_option
-@threads_option
-@click.option("--prompt", metavar="N", type=click.IntRange(1), default=512, show_default=True, help="Tokens of the prompt.")
+@click.option("--prompt", metavar="N,N", type=Numbers(1), help="Tokens of the prompts.  [default: 16,512]")
+@click.option("--depth", metavar="N,N", type=Numbers(0), help="Positions in the KV cache before decode.  [default: 0,1024]")
 @click.option("--tokens", metavar="N", type=click.IntRange(1), default=64, show_default=True, help="Tokens to decode.")
+@click.option("--threads", metavar="N,N", type=Numbers(1, 1024), help="Threads to compute with.  [default: physical cores]")
+@click.option("--chunk", metavar="N,N", type=Numbers(1, 1 << 16), help="Prompt tokens computed at a time.  [default: 512]")
 @click.option("--turns", metavar="N", type=click.IntRange(1), default=5, show_default=True, help="Measurements of each figure.")
-@click.option("--chunk", metavar="N", type=click.IntRange(1), help="Prompt tokens computed at a time.")
 @click.option("--kv", type=click.Choice(["f16", "f32"]), default="f16", show_default=True, help="Numbers in the KV cache.")
 @click.option("--start/--no-start", default=True, help="Whether to measure cold and warm start.  [default: yes]")
-@click.option("--json", "json_file", metavar="FILE", type=click.Path(path_type=Path), help="Also write the JSON to FILE.")
-def bench(model, threads, prompt, tokens, turns, chunk, kv, start, json_file):
+@click.option("--json", "json_file", metavar="FILE", type=FILE, help="Also write the JSON to FILE.")
+@click.option("--compare", "compared", nargs=2, metavar="OLD NEW", type=FILE, help="Measure nothing: compare two files of --json.")
+@click.pass_context
+def bench(ctx, model, prompt, depth, tokens, threads, chunk, turns, kv, start, json_file, compared):
     """Measure start, prefill and decode against the machine's ceilings.
 
-    Each speed is a median over several turns with its least and most; each share is held against the memory's read speed
-    or the int8 peak measured in the same turn (a model small enough for the caches can exceed it). The last line is
-    everything as one JSON object.
-    """
-    from ..benchmark import benchmark
+    First the ceilings: the memory's read speed and the peaks of the int8 and float32 units. Then prefill at each length
+    and chunk, and decode at each depth, on each number of threads. Each figure is a median over several turns with its
+    least and most; each share is held against ceilings measured before and after it in the same turn (a model small
+    enough for the caches can exceed the read speed). The ceiling of a prefill is the slower of two: its operations at the
+    int8 peak, its weights read once. Outside the kernels are Python, dispatch and choosing a token.
 
-    with compile_notice():
-        found = benchmark(
-            model_path(model), threads=threads, prompt=prompt, tokens=tokens, turns=turns, chunk=chunk, kv=kv, start=start, report=say
-        )
-    for line in _lines(found):
+    --compare shows each figure of two saved results, the ratio of their medians, and whether either median lies within
+    the other's least and most. The last line is everything as one JSON object.
+    """
+    if compared:
+        _check_alone(ctx)
+        from ..benchmark import compare, read_result
+
+        old, new = map(read_result, compared)
+        found = compare(old, new)
+        lines = comparison_lines(*compared, old, new, found)
+    else:
+        from ..benchmark import benchmark
+
+        settings = {"threads": threads, "prompt": prompt, "depth": depth, "tokens": tokens, "turns": turns, "chunk": chunk, "kv": kv}
+        with compile_notice():
+            found = benchmark(model_path(model), **settings, start=start, report=say)
+        lines = result_lines(found)
+    for line in lines:
         print(escaped(line))
     text = json.dumps(found)
+    print(text)
     if json_file:
         json_file.write_text(text + "\n")
-    print(text)

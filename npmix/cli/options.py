@@ -28,6 +28,27 @@ class Number(click.ParamType):
         return number
 
 
+class Numbers(click.ParamType):
+    """Whole numbers within bounds, with commas between: 16,512. The value is a tuple in rising order, each once."""
+
+    name = "n,n"
+
+    def __init__(self, low: int, high: int = 1 << 24):
+        self.low, self.high = low, high
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(int(word) for word in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is no whole number, nor several with commas between.", param, ctx)
+        for number in numbers:
+            if not self.low <= number <= self.high:
+                self.fail(f"{number} is out of range: expected {self.low} to {self.high}.", param, ctx)
+        return tuple(sorted(set(numbers)))
+
+
 def model_option(command):
     """-m: the folder of the model."""
     help = "Hugging Face folder or packed store.  [default: the bundled model]"

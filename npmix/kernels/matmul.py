@@ -8,7 +8,7 @@ import functools
 
 from ..formats import DENSE, SHARED, span_bytes
 from ._jit import njit
-from .tile import BLOCKS, HEIGHT, SINGLE, dense_tile, packed_tile
+from .tile import BLOCKS, FEW, HEIGHT, SINGLE, dense_tile, packed_tile
 
 
 @njit
@@ -38,15 +38,14 @@ def n_tiles(tokens):
 
 
 def _packed(name, group):
-    one, some = packed_tile(name, group, 1, 1), packed_tile(name, group, SINGLE, 1)  # decode
-    t1, t2, t3, t4, t5, t6 = [packed_tile(name, group, BLOCKS, min(h, HEIGHT)) for h in range(1, 7)]
+    one = packed_tile(name, group, 1, 1)
+    few1, few2, few3 = [packed_tile(name, group, SINGLE, min(h, FEW)) for h in range(1, 4)]
+    t2, t3, t4, t5, t6 = [packed_tile(name, group, BLOCKS, min(h, HEIGHT)) for h in range(2, 7)]
     whole = span_bytes(name, group)
 
     @njit
     def pair(h, w, block_bytes, n_groups, acts, out, out_bytes, next_block):
-        if h == 1:
-            t1(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
-        elif h == 2:
+        if h == 2:
             t2(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
         elif h == 3:
             t3(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
@@ -58,14 +57,25 @@ def _packed(name, group):
             t6(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
 
     @njit
+    def few(h, w, block_bytes, n_groups, acts, out, out_bytes, next_block):
+        if h == 1:
+            few1(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
+        elif h == 2:
+            few2(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
+        else:
+            few3(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
+
+    @njit
     def packed_matmul(w, rows, cols, first, last, acts, tokens, out, out_bytes):
         n_groups = (cols + 2 * group - 1) // (2 * group) * 2
         block_bytes = n_groups // 2 * whole
+        if tokens <= FEW:
+            rest = last - (last - first) % SINGLE
+            for block in range(first, rest, SINGLE):
+                few(tokens, w + block * block_bytes, block_bytes, n_groups, acts, out + 64 * block, out_bytes, 64)
+            first = rest
         if tokens == 1:
-            whole_last = last - (last - first) % SINGLE
-            for block in range(first, whole_last, SINGLE):
-                some(w + block * block_bytes, block_bytes, n_groups, acts, out + 64 * block, out_bytes, 64)
-            for block in range(whole_last, last):
+            for block in range(first, last):
                 one(w + block * block_bytes, block_bytes, n_groups, acts, out + 64 * block, out_bytes, 64)
             return
         token_bytes = act_bytes(cols, group)

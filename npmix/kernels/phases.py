@@ -142,21 +142,23 @@ def route(mm, m, layers, layer, row, logits, experts, weights):
 
 
 @njit
-def expert_unit(mm, m, layers, layer, expert, unit, acts, tokens, gate, up):
-    """EXPERT_UNIT rows of w_gate and w_up of one expert with SwiGLU: float32 (tokens, EXPERT_UNIT) at `gate`, zero past hidden_dim."""
+def expert_units(mm, m, layers, layer, expert, unit, count, acts, tokens, gate, up):
+    """`count` units of EXPERT_UNIT rows of one expert's w_gate and w_up with SwiGLU: float32 (tokens, count * EXPERT_UNIT) at `gate`,
+    zero past hidden_dim."""
     hidden, slot = m[HIDDEN_DIM], layers[layer, GATE_SLOT]
     first = unit * (EXPERT_UNIT // 16)
-    last = min(first + EXPERT_UNIT // 16, blocks_of(hidden))
+    width = count * EXPERT_UNIT
+    last = min(first + width // 16, blocks_of(hidden))
     at = EXPERTS + 3 * expert
-    mm(slot, layers[layer, at], hidden, m[DIM], first, last, acts, tokens, gate - 64 * first, 4 * EXPERT_UNIT)
-    mm(slot, layers[layer, at + 1], hidden, m[DIM], first, last, acts, tokens, up - 64 * first, 4 * EXPERT_UNIT)
-    valid = min(EXPERT_UNIT, hidden - 16 * first)
+    mm(slot, layers[layer, at], hidden, m[DIM], first, last, acts, tokens, gate - 64 * first, 4 * width)
+    mm(slot, layers[layer, at + 1], hidden, m[DIM], first, last, acts, tokens, up - 64 * first, 4 * width)
+    valid = min(width, hidden - 16 * first)
     for t in range(tokens):
-        row = 4 * EXPERT_UNIT * t
-        for k in range(valid, EXPERT_UNIT):
+        row = 4 * width * t
+        for k in range(valid, width):
             put_f32(gate + row + 4 * k, F(0.0))
             put_f32(up + row + 4 * k, F(0.0))
-        swiglu(gate + row, up + row, EXPERT_UNIT, gate + row)
+        swiglu(gate + row, up + row, width, gate + row)
 
 
 @njit

@@ -17,10 +17,11 @@ from .matmul import act_bytes, n_tiles
 from .ops import add, atomic_add, fma, get_f32, get_i32, load_f32, put_i32, splat_f32, store_f32
 from .phases import (
     NONE,
+    ONE,
     add_rows,
     blocks_of,
     end_phase,
-    expert_unit,
+    expert_units,
     head_row,
     norm_and_check,
     norm_and_quantise,
@@ -245,7 +246,7 @@ def experts(mm, m, layers, layer, tokens, skip, index, members):
         expert, unit = item // units, item % units
         begin, count = expert_places(m, expert)
         if count:
-            expert_unit(mm, m, layers, layer, expert, unit, m[ACTS] + begin * in_bytes, count, gate, up)
+            expert_units(mm, m, layers, layer, expert, unit, ONE, m[ACTS] + begin * in_bytes, count, gate, up)
             tiles = n_tiles(count)
             for i in range(tiles):
                 start, end = i * count // tiles, (i + 1) * count // tiles

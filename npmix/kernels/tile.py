@@ -52,8 +52,8 @@ from .simd import (
 # The tallest tile: 2 row blocks x 6 tokens are 12 integer and 12 float accumulators of AVX-512's 32 registers;
 # where 16 lanes take several registers, 1 x 4 keeps the integer ones from spilling.
 BLOCKS, HEIGHT = (2, 6) if cpu.wide_registers() else (1, 4)
-# A single token's tile: each broadcast of inputs feeds 4 dots, and fewer instructions a byte keep more bytes in flight.
-SINGLE = 4 if cpu.wide_registers() else 1
+# Up to FEW tokens take more row blocks: each broadcast of inputs feeds 4 dots, and fewer instructions a byte keep more bytes in flight.
+SINGLE, FEW = (4, 3) if cpu.wide_registers() else (1, 1)
 AHEAD = 4096 if cpu.fetches_ahead() else 0  # bytes a single token's tile fetches ahead
 
 

@@ -89,6 +89,11 @@ class Forward:
         where = "the embeddings" if bad < 0 else f"layer {bad - 1} (of 0..{self.config.n_layers - 1})" if bad else "the output matrix"
         raise NumericsError(f"not finite: the first bad numbers came out of {where}; check the weights with `npmix verify`")
 
+    def phase_ticks(self) -> dict[str, int]:
+        """Processor ticks of each phase so far by member 0's clock, waits included; "now": the tick at which the last one ended."""
+        now, *spent = self.state.array(t.CLOCKS).tolist()
+        return {"now": now, **dict(zip(t.PHASES, spent))}
+
     def close(self) -> None:
         self.team.close()
         self.weights.close()

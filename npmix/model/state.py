@@ -10,6 +10,7 @@ from ..config import Config
 from ..formats import EXPERT_UNIT, SHARED
 from ..kernels import tables as t
 from ..kernels.attention import BLOCK, TALLEST
+from ..kernels.decode import RUN
 from ..kernels.prefill import QUERY_ROWS
 from .kv_cache import KVCache
 from .reference import rope_angles
@@ -95,8 +96,8 @@ class RunState:
         sizes = {
             t.S_ROW: 4 * int(self.m[t.X_WIDTH]),
             t.S_ACT: max(_act_bytes(n, g) for n in (c.dim, c.n_heads * c.head_dim) for g in groups),
-            t.S_GATE: 4 * EXPERT_UNIT * chunk,
-            t.S_UP: 4 * EXPERT_UNIT * chunk,
+            t.S_GATE: 4 * EXPERT_UNIT * max(chunk, RUN),
+            t.S_UP: 4 * EXPERT_UNIT * max(chunk, RUN),
             t.S_LOGITS: 4 * _pad(c.n_experts, 16),
             t.S_CHOICE: 8 * c.n_active,
             t.S_SCORES: 4 * TALLEST * BLOCK,
