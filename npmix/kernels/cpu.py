@@ -77,8 +77,11 @@ def is_windows() -> bool:
 
 
 def fetches_ahead() -> bool:
-    """Whether software should prefetch streams of weights: worth 5-10 % on Intel's cores; on AMD's it cost a quarter of the speed."""
-    return is_x86() and not cpu_name().startswith(("znver", "bdver", "btver"))
+    """Whether software should prefetch streams of weights: worth 5-10 % on Intel's cores; on AMD's it cost a quarter of the speed.
+
+    The host decides, whichever processor NUMBA_CPU_NAME makes Numba compile for.
+    """
+    return is_x86() and not llvm.get_host_cpu_name().startswith(("znver", "bdver", "btver"))
 
 
 def wide_registers() -> bool:

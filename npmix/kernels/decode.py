@@ -34,7 +34,7 @@ from .tables import *  # noqa: F403  (the columns)
 
 RUN = 4  # units of w_gate and w_up a member takes at a time, until a quarter of them is left
 UNIT = 8  # row blocks of w_down
-HEAD_UNIT = 16  # row blocks of the output matrix
+HEAD_UNIT = 32  # row blocks of the output matrix
 
 
 @njit(inline=True)
