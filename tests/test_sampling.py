@@ -60,6 +60,16 @@ def test_filters_follow_their_definitions(seed):
         np.testing.assert_allclose(probabilities(logits, Sampling(**settings)), plain(logits, **settings), rtol=1e-12, atol=1e-300)
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 8.0])
+def test_a_large_vocabulary(scale):
+    """32,000 tokens, flat to peaked, many equal ones among them: the definitions still."""
+    logits = np.round(np.random.default_rng(3).standard_normal(32000) * scale, 2).astype(np.float32)
+    for settings in ({"top_p": 0.95003}, {"top_p": 0.30001, "temperature": 0.7}, {"top_p": 0.99901}, {"top_k": 300, "top_p": 0.901}):
+        np.testing.assert_allclose(
+            probabilities(logits, Sampling(**{"temperature": 1.0, **settings})), plain(logits, **settings), rtol=1e-12
+        )
+
+
 def test_inverse_of_the_cumulative_distribution():
     """u picks the id in whose share of [0, 1) it lies: over a fine grid of u, ids come as often as their probability."""
     logits, settings = random_logits(1, 12), Sampling(temperature=0.8, top_p=0.9)
