@@ -52,8 +52,8 @@ from .simd import (
 # The tallest tile: 2 row blocks x 6 tokens are 12 integer and 12 float accumulators of AVX-512's 32 registers;
 # where 16 lanes take several registers, 1 x 4 keeps the integer ones from spilling.
 BLOCKS, HEIGHT = (2, 6) if cpu.wide_registers() else (1, 4)
-# Up to FEW tokens take more row blocks: each broadcast of inputs feeds 4 dots, and fewer instructions a byte keep more bytes in flight.
-SINGLE, FEW = (4, 3) if cpu.wide_registers() else (1, 1)
+# Up to FEW tokens take SINGLE row blocks: each broadcast of inputs feeds 4 dots, and fewer instructions a byte keep more bytes in flight.
+SINGLE, FEW = 4 if cpu.is_x86() else 1, 3 if cpu.wide_registers() else 1
 AHEAD = 4096 if cpu.fetches_ahead() else 0  # bytes a single token's tile fetches ahead
 
 
@@ -94,11 +94,9 @@ class _PackedLoops:
         self.w, self.n_groups, self.acts = w, n_groups, acts
         self.out, self.out_bytes, self.next_block = out, out_bytes, next_block
         self.cells = [(r, t) for r in range(blocks) for t in range(height)]
-        few = len(self.cells) <= SINGLE
         self.zero, self.step = PACKED[name].zero, PACKED[name].step
         self.lines, self.run_groups = group // self.step, SHARED // group
-        self.single = height == 1 and blocks in (1, SINGLE)
-        self.raw = name == "q4" and few and takes_high_nibbles()  # a shift a group instead of one a line
+        self.raw = name == "q4" and height == 1 and takes_high_nibbles()  # a shift a group instead of one a line
         narrow = has_narrow(self.zero)
         # few cells: split sums, or the dot's latency shows
         self.chains = 1 if narrow else 2 if self.raw else max(1, min(4, 8 // len(self.cells)))
@@ -116,7 +114,7 @@ class _PackedLoops:
 
     def emit(self):
         builder, full = self.builder, const_i64(self.run_groups)
-        if len(self.cells) <= SINGLE:  # little work a byte: without inner loops more bytes are in flight
+        if self.height == 1:  # little work a byte: without inner loops more bytes are in flight
             with self.loop(builder.udiv(self.n_groups, full)) as index:
                 self.run(index, builder.mul(index, full), self.run_groups)
             if self.run_groups > 2:  # a last run of half the length
@@ -183,7 +181,7 @@ class _PackedLoops:
     def line(self, at, index, inputs):
         """One line of each row block against its inputs of every token; `inputs` is their address."""
         builder, dots = self.builder, self.step // 4
-        if self.single and AHEAD:
+        if self.height == 1 and AHEAD:
             for b in self.rows:
                 prefetch(builder, builder.add(builder.add(b, at), const_i64(AHEAD)))
         codes = [_unpack_line(builder, self.name, load(builder, builder.add(b, at), vector("i8", 64)), self.raw) for b in self.rows]
