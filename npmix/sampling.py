@@ -83,7 +83,7 @@ def _most_probable(p: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
     """Ids that top-k and then top-p keep, in no order. p (V,): probabilities."""
     size = len(p)
     if 0 < top_k < size:
-        kept = np.partition(p, size - top_k)[size - top_k :]
+        kept = np.sort(np.partition(p, size - top_k)[size - top_k :])  # sorted, so that every machine sums in one order
         mass = top_p * kept.sum()  # top-p looks at what top-k left
     else:
         kept, mass = p[p >= (1.0 - top_p) / size], top_p  # what is below weighs less than 1 - top_p together

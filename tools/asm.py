@@ -26,10 +26,13 @@ TARGETS = {"aarch64": ("aarch64-unknown-linux-gnu", "generic", "+neon,+dotprod")
 
 
 def aim(target: str) -> None:
-    """Have npmix choose its form for another machine. Only before npmix is imported, and nothing can be run here then."""
+    """Have npmix choose its form for another machine. Only before npmix's tiles are imported, and nothing can be run here then."""
     _, name, features = TARGETS[target]
     cpu_target.target_context  # Numba's own compiler, which npmix's import touches, is made for this machine first
     config.CPU_NAME, config.CPU_FEATURES = config.CPU_NAME or name, config.CPU_FEATURES or features
+    from npmix.kernels import cpu
+
+    cpu.is_x86 = lambda: False
 
 
 def kernel(kind: str, args: tuple[str, ...]):

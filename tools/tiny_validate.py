@@ -11,7 +11,6 @@ statement of its body.
 """
 
 import ast
-import itertools
 import lzma
 import math
 import warnings

@@ -23,9 +23,11 @@ def read_result(path) -> dict:
     """The result in a file that `npmix bench --json` wrote, checked; InputError for any other file."""
     path = Path(path)
     try:
-        if path.stat().st_size > LARGEST:
-            raise InputError(f"{path} has {path.stat().st_size} bytes, expected a result of `npmix bench --json`")
-        found = json.loads(path.read_bytes())
+        with open(path, "rb") as file:
+            data = file.read(LARGEST + 1)
+        if len(data) > LARGEST:
+            raise InputError(f"{path} has more than {LARGEST} bytes, expected a result of `npmix bench --json`")
+        found = json.loads(data)
     except OSError as e:
         raise InputError(f"cannot read {path}: {e.strerror or e}") from None
     except (ValueError, RecursionError) as e:
@@ -114,7 +116,7 @@ def compare(old: dict, new: dict) -> dict:
 
     differs: [{"what", "old", "new"}], each property of machine, model and settings that is not the same. figures: a list of
     {"name", "unit", "old", "new", "ratio", "within_spread"}: old and new are {"median", "min", "max"}, ratio is new by
-    old (None if that is 0), within_spread as the function says. only_old, only_new: names of figures the other one lacks.
+    old (None if that is next to 0), within_spread as the function says. only_old, only_new: names of figures the other one lacks.
     """
     ours, theirs = figures(new), figures(old)
     words, before = _described(new), _described(old)
@@ -122,9 +124,17 @@ def compare(old: dict, new: dict) -> dict:
     for name in theirs:
         if name in ours:
             a, b = theirs[name], ours[name]
-            ratio = b["median"] / a["median"] if a["median"] else None
+            ratio = b["median"] / a["median"] if a["median"] else math.inf
             sides = {"old": {k: a[k] for k in ("median", "min", "max")}, "new": {k: b[k] for k in ("median", "min", "max")}}
-            rows.append({"name": name, "unit": a["unit"], **sides, "ratio": ratio, "within_spread": within_spread(a, b)})
+            rows.append(
+                {
+                    "name": name,
+                    "unit": a["unit"],
+                    **sides,
+                    "ratio": ratio if math.isfinite(ratio) else None,
+                    "within_spread": within_spread(a, b),
+                }
+            )
     return {
         "differs": [{"what": what, "old": before[what], "new": words[what]} for what in before if before[what] != words[what]],
         "figures": rows,

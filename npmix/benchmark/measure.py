@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from ..errors import InputError
 from .compare import LAYOUT
 from .host import machine, weight_formats
-from .needs import attention_operations, decode_bytes, prefill_ceiling, prefill_operations, prompt_bytes
+from .needs import KV_BYTES, attention_operations, decode_bytes, prefill_ceiling, prefill_operations, prompt_bytes
 from .starts import starts
 
 PROMPTS, DEPTHS = (16, 512), (0, 1024)  # as far as the model's positions allow
@@ -158,7 +158,7 @@ class Runner:
         return self._ended - began, 0.0
 
     def _decode(self, work: Work) -> tuple[float, float]:
-        """Seconds of all steps, and of choosing a token after each as `npmix run` does by default."""
+        """Seconds of all steps, and of choosing a token after each as `npmix run` does by default with a model of one's own."""
         from ..sampling import Sampling, sample
 
         settings, sampling, clock = Sampling(temperature=0.7, top_p=0.95), 0.0, time.perf_counter
@@ -331,6 +331,8 @@ def benchmark(
     from ..store import open_source
 
     (turns,) = _numbers("turns", turns, 1, 1 << 20)
+    if kv not in KV_BYTES:
+        raise InputError(f"kv is {kv!r}, expected one of {', '.join(KV_BYTES)}")
     with open_source(path) as source:
         config = source.config
         plan = make_plan(config, threads=threads, prompt=prompt, depth=depth, chunk=chunk, tokens=tokens)

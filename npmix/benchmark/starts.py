@@ -31,10 +31,13 @@ def first_token(path: str, threads: int, ids: list[int], prompt: int, kv: str) -
 def _run(command: list[str], env: dict) -> tuple[float, str]:
     """(seconds until the process's first output, all of its output). Raises EngineError if it fails."""
     started = time.time()
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        head = os.read(process.stdout.fileno(), 1 << 16)
-        seconds = time.time() - started
-        out, err = process.communicate()
+    with tempfile.TemporaryFile() as errors:
+        with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=errors) as process:
+            head = os.read(process.stdout.fileno(), 1 << 16)
+            seconds = time.time() - started
+            out = process.stdout.read()
+        errors.seek(0)
+        err = errors.read()
     if process.returncode:
         raise EngineError(f"a run of its own ended with {process.returncode}: {err.decode(errors='replace').strip()[-300:]}")
     return seconds, (head + out).decode()

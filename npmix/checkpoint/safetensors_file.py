@@ -114,7 +114,7 @@ class SafetensorsFile:
                 self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 with contextlib.suppress(OSError):  # a system without them
-                    self._map.madvise(mmap.MADV_HUGEPAGE)  # what is read from the disk comes in pages of 2 MiB: fewer misses of the TLB
+                    self._map.madvise(mmap.MADV_HUGEPAGE)  # what is read from the disk may come in pages of 2 MiB: fewer misses of the TLB
             # through a memoryview, which forbids unmapping while a view lives; ndarray(buffer=map) would not
             self._bytes = np.frombuffer(memoryview(self._map), np.uint8)
         except SafetensorError as e:

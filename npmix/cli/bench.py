@@ -17,7 +17,8 @@ def _check_alone(ctx, allowed=("compared", "json_file")) -> None:
     """With --compare nothing is measured: options that say what to measure are a mistake."""
     for parameter in ctx.command.params:
         if parameter.name not in allowed and ctx.get_parameter_source(parameter.name) == ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--compare measures nothing, so it takes no {parameter.opts[-1]}.", ctx)
+            option = "/".join([parameter.opts[-1], *parameter.secondary_opts])
+            raise click.UsageError(f"--compare measures nothing, so it takes no {option}.", ctx)
 
 
 @click.command(short_help="Measure start, prefill and decode against the machine's ceilings.")

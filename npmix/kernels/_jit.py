@@ -67,12 +67,12 @@ def cache_dir() -> Path | None:
 
 
 def _source_hash() -> str:
-    """A hash of what the machine code depends on: kernel sources, versions, the chosen form of the int8 dot."""
+    """A hash of what the machine code depends on: kernel sources, versions, the form of the int8 dot, whether to prefetch."""
     digest = hashlib.sha256()
     here = Path(__file__).parent
     for file in [here.parent / "formats.py", *sorted(here.glob("*.py"))]:  # constants are compiled in
         digest.update(file.read_bytes())
-    digest.update(repr((numba.__version__, sys.version_info[:2], sys.implementation.cache_tag, cpu.form())).encode())
+    digest.update(repr((numba.__version__, sys.version_info[:2], sys.implementation.cache_tag, cpu.form(), cpu.fetches_ahead())).encode())
     return digest.hexdigest()[:20]
 
 

@@ -4,6 +4,7 @@ One hard fact: the features are Numba's, not the CPU's: NUMBA_CPU_NAME and NUMBA
 choose the form too, so the AVX2 form can be tested on an AVX-512 machine. NPMIX_FORM names one outright.
 """
 
+import contextlib
 import functools
 import os
 import platform
@@ -35,7 +36,11 @@ def features() -> frozenset[str]:
         found = frozenset(name for name, on in llvm.get_host_cpu_features().items() if on)
     except RuntimeError:  # LLVM knows no features of this host
         found = frozenset()
-    return found | {"dotprod"} if not is_x86() and implies_dotprod(llvm.get_default_triple(), cpu_name(), found) else found
+    if not is_x86():
+        with contextlib.suppress(RuntimeError):  # an LLVM without a backend for its own host
+            if implies_dotprod(llvm.get_default_triple(), cpu_name(), found):
+                return found | {"dotprod"}
+    return found
 
 
 def cpu_name() -> str:
@@ -86,7 +91,7 @@ def fetches_ahead() -> bool:
 
 def wide_registers() -> bool:
     """Whether there are 32 registers of 16 lanes (AVX-512), not 16 or 32 narrower ones."""
-    return "avx512f" in features()
+    return is_x86() and "avx512f" in features()
 
 
 _wrong: set[str] = set()

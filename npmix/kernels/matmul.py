@@ -69,7 +69,7 @@ def _packed(name, group):
     def packed_matmul(w, rows, cols, first, last, acts, tokens, out, out_bytes):
         n_groups = (cols + 2 * group - 1) // (2 * group) * 2
         block_bytes = n_groups // 2 * whole
-        if tokens <= FEW:
+        if 0 < tokens <= FEW:
             rest = last - (last - first) % SINGLE
             for block in range(first, rest, SINGLE):
                 few(tokens, w + block * block_bytes, block_bytes, n_groups, acts, out + 64 * block, out_bytes, 64)

@@ -49,8 +49,9 @@ from .simd import (
     void,
 )
 
-# The tallest tile: 2 row blocks x 6 tokens are 12 integer and 12 float accumulators of AVX-512's 32 registers;
-# where 16 lanes take several registers, 1 x 4 keeps the integer ones from spilling.
+# The tallest tile: 2 row blocks x 6 tokens are 12 integer and 12 float accumulators of AVX-512's 32 registers (the totals of
+# earlier runs are touched once in SHARED inputs and may lie on the stack); where 16 lanes take several registers, 1 x 4 keeps
+# the integer ones from spilling.
 BLOCKS, HEIGHT = (2, 6) if cpu.wide_registers() else (1, 4)
 # Up to FEW tokens take SINGLE row blocks: each broadcast of inputs feeds 4 dots, and fewer instructions a byte keep more bytes in flight.
 SINGLE, FEW = 4 if cpu.is_x86() else 1, 3 if cpu.wide_registers() else 1

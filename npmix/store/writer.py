@@ -23,7 +23,7 @@ except ImportError:  # Windows
 
 # what a conversion writes, and nothing else is ever removed
 OURS = re.compile(r"((layer-\d{5}|rest)\.safetensors|tokenizer\.model|npmix\.json|npmix\.partial\.json)(\.partial)?|\.npmix\.lock")
-PIECE = 8 << 20  # bytes of a file written at a time: Linux caches them in the 2 MiB pages that a map of them then has
+PIECE = 8 << 20  # bytes of a file written at a time: file systems that cache files in large pages then have whole 2 MiB ones to map
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOCKED = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # what file systems without flock say
@@ -137,7 +137,7 @@ class FileWriter:
         """Remove what was written."""
         try:
             self._file.close()
-        except OSError:  # a full disk fails the last flush too; the file goes anyway
+        except OSError:  # it may tell of a late error of the disk; the file goes anyway
             pass
         self._temporary.unlink(missing_ok=True)
 

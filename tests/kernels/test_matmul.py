@@ -8,6 +8,7 @@ from npmix.formats import DENSE, GROUPS, PACKED, SHARED
 from npmix.kernels.matmul import act_bytes, matmul, n_tiles
 from npmix.kernels.phases import matmul_by_slot
 from npmix.kernels.rows import put_in_tile, quantise_row
+from npmix.kernels.tile import HEIGHT
 from npmix.kernels._jit import njit
 from npmix.quant.pack import dequantize, pack
 from npmix.quant.round import quantise
@@ -82,10 +83,10 @@ def test_matmul_is_weights_times_inputs(name, group):
     alone = np.concatenate([product(kernel, tensor, x[t : t + 1], 0, -(-rows // 16))[:, :rows] for t in range(len(x))])
     step = 0.0
     if group:
-        padded = np.zeros((len(x), -(-cols // group) * group))
+        padded = np.zeros((len(x), -(-cols // SHARED) * SHARED))
         padded[:, :cols] = x
-        scale = np.abs(padded.reshape(len(x), -1, group)).max(2) / 127
-        step = (np.repeat(scale, group, axis=1)[:, None, :cols] * np.abs(w)[None]).sum(2) / 2
+        scale = np.abs(padded.reshape(len(x), -1, SHARED)).max(2) / 127
+        step = (np.repeat(scale, SHARED, axis=1)[:, None, :cols] * np.abs(w)[None]).sum(2) / 2
     bound = step + 1e-6 * (np.abs(x) @ np.abs(w).T) + 1e-6
     assert (np.abs(alone - x @ w.T) <= bound).all()
     if group:  # and far better than the worst case: errors of rounding are independent
@@ -133,12 +134,12 @@ def test_bytes_of_activations():
 
 
 def test_tiles_are_even():
-    """Tokens are cut into as few tiles of at most six as can be, whose heights differ by at most one."""
+    """Tokens are cut into as few tiles of at most HEIGHT as can be, whose heights differ by at most one."""
 
     for tokens in range(1, 60):
         tiles = tile_count(tokens)
         heights = [(i + 1) * tokens // tiles - i * tokens // tiles for i in range(tiles)]
-        assert tiles == -(-tokens // 6) and max(heights) - min(heights) <= 1 and sum(heights) == tokens
+        assert tiles == -(-tokens // HEIGHT) and max(heights) - min(heights) <= 1 and sum(heights) == tokens
 
 
 @njit

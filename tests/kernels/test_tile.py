@@ -84,11 +84,11 @@ def test_packed_tile_obeys_the_law(name, group):
     known = np.full((HEIGHT, 16 * WIDE), np.nan, F)
     for blocks, height in SHAPES:
         tile = packed_tile(name, group, blocks, height)
+        run = compiled(tile, 7)
         for first in range(0, HEIGHT + 1 - height, height):
             tokens = slice(first, first + height)
             acts = acts_of(x[tokens], x_scale[tokens], group)
-            got = run_packed(compiled(tile, 7) if first == 0 else run, packed, blocks, block, n_groups, acts, height)
-            run = compiled(tile, 7) if first == 0 else run
+            got = run_packed(run, packed, blocks, block, n_groups, acts, height)
             assert ulps(got, law[tokens, : 16 * blocks]) <= 2
             if first == 0:
                 assert ulps(got, run_packed(twin(tile), packed, blocks, block, n_groups, acts, height)) <= 2

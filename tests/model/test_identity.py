@@ -144,6 +144,21 @@ def test_threads(models, name, kv):
             assert_equal(np.stack(rest), expected[245:265])
 
 
+@pytest.mark.parametrize("intermediate, experts", [(600, 2), (1100, 1), (1500, 3)])
+def test_runs_of_units_in_decode(models, intermediate, experts):
+    """Experts of several units, which decode takes in runs of four that cross from one expert to the next: prefill's bits, on any
+    number of threads and with the smallest chunk."""
+    count = 4 if DISABLED else 20
+    path = models("q4", intermediate_size=intermediate, num_experts_per_tok=experts)
+    with Engine(path, threads=1, kv="f32", chunk=count) as engine:
+        ids = random_ids(engine.config.vocab_size, count, seed=5)
+        expected = engine.logits(ids)
+        assert_equal(steps(engine, ids), expected)
+    for threads in (1,) if DISABLED else (2, 3):
+        with Engine(path, threads=threads, kv="f32", chunk=1) as engine:
+            assert_equal(steps(whole_team(engine), ids), expected)
+
+
 @pytest.mark.compiled
 @pytest.mark.parametrize("dense", [True, False])
 def test_ring_of_a_sliding_window(models, dense):

@@ -44,6 +44,28 @@ def whole(hf, tmp_path_factory):
     return content(convert(hf, tmp_path_factory.mktemp("whole") / "store", "q4"))
 
 
+def test_files_are_written_in_pieces(hf, whole, tmp_path, monkeypatch):
+    """Pieces far smaller than a tensor, by a system that takes only a part of each at a time: the same bytes."""
+
+    class Reluctant:
+        def __init__(self, file):
+            self._file = file
+
+        def write(self, data):
+            return self._file.write(data[:777])
+
+        def __getattr__(self, name):
+            return getattr(self._file, name)
+
+    def opened(*args, **options):
+        file = open(*args, **options)
+        return Reluctant(file) if options.get("buffering") == 0 else file
+
+    monkeypatch.setattr(writer, "PIECE", 1000)
+    monkeypatch.setattr(writer, "open", opened, raising=False)
+    assert content(convert(hf, tmp_path / "store", "q4")) == whole
+
+
 @pytest.mark.parametrize("part", [0.0, 0.1, 0.5, 0.9, 1.0])
 def test_an_interrupted_conversion_is_no_store_and_goes_on(hf, whole, tmp_path, part):
     """Stopped anywhere, the folder is no store and holds no partial file; the same call ends with the same bytes."""
