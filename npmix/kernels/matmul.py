@@ -6,7 +6,7 @@ in the cache while every token tile passes over it, and memory is read once.
 
 import functools
 
-from ..formats import DENSE, SHARED, span_bytes
+from ..formats import DENSE, PACKED, SHARED, span_bytes
 from ._jit import njit
 from .tile import BLOCKS, FEW, HEIGHT, SINGLE, dense_tile, packed_tile
 
@@ -21,14 +21,15 @@ def act_bytes(cols, group):
 
 
 @functools.lru_cache(maxsize=None)
-def matmul(name, group):
+def matmul(name, group, several=True):
     """A kernel (w, rows, cols, first, last, acts, tokens, out, out_bytes) for row blocks first..last of one matrix.
 
     w: address of the matrix (rows, cols); acts: address of the activations of `tokens` tokens, cut into `n_tiles`
     tiles of which tile i starts at token i * tokens // n_tiles; out: float32, row r of token t at
-    out + t * out_bytes + 4 * r. A packed matrix writes whole row blocks.
+    out + t * out_bytes + 4 * r. A packed matrix writes whole row blocks. several=False: a dense matrix that only ever meets one
+    token (a router): tall tiles would be compiled for nothing.
     """
-    return _packed(name, group) if group else _dense(name)
+    return _packed(name, group) if group else _dense(name) if several else _dense_rows(name)
 
 
 @njit(inline=True)
@@ -38,8 +39,9 @@ def n_tiles(tokens):
 
 
 def _packed(name, group):
+    most = FEW if PACKED[name].bits < 8 else 1  # 8 bits are held by memory before it pays, and every tile takes time to compile
     one = packed_tile(name, group, 1, 1)
-    few1, few2, few3 = [packed_tile(name, group, SINGLE, min(h, FEW)) for h in range(1, 4)]
+    few1, few2, few3 = [packed_tile(name, group, SINGLE, min(h, most)) for h in range(1, 4)]
     t2, t3, t4, t5, t6 = [packed_tile(name, group, BLOCKS, min(h, HEIGHT)) for h in range(2, 7)]
     whole = span_bytes(name, group)
 
@@ -66,10 +68,16 @@ def _packed(name, group):
             few3(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
 
     @njit
+    def only_one(h, w, block_bytes, n_groups, acts, out, out_bytes, next_block):
+        few1(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
+
+    few = few if most > 1 else only_one
+
+    @njit
     def packed_matmul(w, rows, cols, first, last, acts, tokens, out, out_bytes):
         n_groups = (cols + 2 * group - 1) // (2 * group) * 2
         block_bytes = n_groups // 2 * whole
-        if 0 < tokens <= FEW:
+        if 0 < tokens <= most:
             rest = last - (last - first) % SINGLE
             for block in range(first, rest, SINGLE):
                 few(tokens, w + block * block_bytes, block_bytes, n_groups, acts, out + 64 * block, out_bytes, 64)
@@ -125,6 +133,20 @@ def _dense(name):
             row += 4 if whole else 1
 
     return dense_matmul
+
+
+def _dense_rows(name):
+    tile, size = dense_tile(name, 4, 1), DENSE[name]
+
+    @njit
+    def dense_one_token(w, rows, cols, first, last, acts, tokens, out, out_bytes):
+        row, end, row_bytes = first * 16, min(last * 16, rows), cols * size
+        while row < end:
+            whole = row + 4 <= end
+            tile(w + row * row_bytes, row_bytes if whole else 0, cols, acts, 0, out + 4 * row, 0, 4 if whole else 0)
+            row += 4 if whole else 1
+
+    return dense_one_token
 
 
 @njit

@@ -25,7 +25,7 @@ NONE, ONE = np.int64(0), np.int64(1)
 
 @functools.lru_cache(maxsize=None)
 def matmul_by_slot(slots):
-    """A kernel mm(slot, w, rows, cols, first, last, acts, tokens, out, out_bytes) over a model's (format, group) pairs."""
+    """A kernel mm(slot, w, rows, cols, first, last, acts, tokens, out, out_bytes) over a model's slots, each the arguments of `matmul`."""
     mm0, mm1, mm2, mm3 = [matmul(*slot) for slot in slots] + [absent] * (SLOTS - len(slots))
 
     @njit

@@ -115,7 +115,7 @@ class _PackedLoops:
 
     def emit(self):
         builder, full = self.builder, const_i64(self.run_groups)
-        if self.height == 1:  # little work a byte: without inner loops more bytes are in flight
+        if self.height == 1 and len(self.rows) == SINGLE:  # little work a byte: without inner loops more bytes are in flight
             with self.loop(builder.udiv(self.n_groups, full)) as index:
                 self.run(index, builder.mul(index, full), self.run_groups)
             if self.run_groups > 2:  # a last run of half the length

@@ -65,7 +65,7 @@ class RunState:
 
     def _buffers(self, c: Config, weights: Weights, cache: KVCache, chunk: int) -> None:
         m, width, pairs = self.m, int(self.m[t.X_WIDTH]), chunk * c.n_active
-        groups = {group for _, group in weights.slots}
+        groups = {slot.group for slot in weights.slots}
         act = max(_act_bytes(c.dim, g) for g in groups)
         att = max(_act_bytes(c.n_heads * c.head_dim, g) for g in groups)
         hidden = max(_act_bytes(c.hidden_dim, g) for g in groups)
@@ -92,7 +92,7 @@ class RunState:
     def _scratch(self, c: Config, weights: Weights, chunk: int, members: int) -> None:
         """Each member's own buffers, one after the other, each starting on a cache line."""
         part = 4 * (16 + int(self.m[t.V_WIDTH]))
-        groups = {group for _, group in weights.slots}
+        groups = {slot.group for slot in weights.slots}
         sizes = {
             t.S_ROW: 4 * int(self.m[t.X_WIDTH]),
             t.S_ACT: max(_act_bytes(n, g) for n in (c.dim, c.n_heads * c.head_dim) for g in groups),
