@@ -14,7 +14,7 @@ from npmix.convert import convert
 from npmix.store import open_store
 
 # 4 bits on this model, for whatever weights; the bound that follows the weights stands in golden_trained.npz.
-Q4_SAME, Q4_KL = 0.93, 0.01
+Q4_SAME, Q4_KL = 0.93, 0.015
 
 
 @pytest.fixture(scope="module")

@@ -58,6 +58,11 @@ def losses(model, x, y):
     return loss, tiny_model.balance_loss(out.router_logits, config.num_local_experts, config.num_experts_per_tok)
 
 
+def weights_at(work, step):
+    """Where the weights of a step of the curve are kept."""
+    return Path(work) / f"weights-{step:06}.pt"
+
+
 class Trainer:
     def __init__(self, work, files, again=False, compiled=True):
         self.work = Path(work)
@@ -103,6 +108,7 @@ class Trainer:
         partial = self.checkpoint.with_suffix(".partial")
         torch.save(state, partial)
         os.replace(partial, self.checkpoint)
+        torch.save(state["model"], weights_at(self.work, self.step))
 
     def decay_end(self, minutes):
         """The wall-clock time at which the rate reaches zero, or None before the decay has begun."""

@@ -132,24 +132,38 @@ def heldout(obj):
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--mean",
+    "steps",
+    multiple=True,
+    type=int,
+    metavar="STEP",
+    help="The mean of the weights at these steps of the curve, not the last ones.",
+)
 @click.pass_obj
-def export(obj, folder):
-    """Write the last checkpoint as a Hugging Face folder: bfloat16, standard tensor names, tokenizer."""
+def export(obj, folder, steps=()):
+    """Write the last checkpoint as a Hugging Face folder: bfloat16, standard tensor names, tokenizer.
+
+    When the held-out loss has stopped falling, the mean of a few weights before its turn is better than any of them
+    (Izmailov et al. 2018, arXiv 1803.05407).
+    """
     import shutil
 
     import torch
 
     import tiny_model
+    from tiny_training import weights_at
 
     _, work = obj
     state = torch.load(work / "checkpoint.pt", weights_only=True)
+    weights = [torch.load(weights_at(work, step), weights_only=True) for step in steps] or [state["model"]]
     model = tiny_model.make_model()
-    model.load_state_dict(state["model"])
+    model.load_state_dict({name: sum(w[name] for w in weights) / len(weights) for name in weights[0]})
     model.bfloat16().save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)  # it is written for its owner alone
     shutil.copyfile(tokenizer_path(work), folder / "tokenizer.model")
     size = sum(file.stat().st_size for file in folder.iterdir())
-    print(f"{folder}: step {state['step']}, {state['tokens']:,} tokens trained on, {size:,} bytes")
+    print(f"{folder}: step {', '.join(map(str, steps)) or state['step']}, {size:,} bytes")
     if size > 17_000_000:
         raise SystemExit("larger than the 17 MB that the repository can take")
 
