@@ -6,6 +6,7 @@ NUMBA_DISABLE_JIT set; nothing else is skipped here.
 
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # tests/make.py, for all folders of tests
 
 JIT_DISABLED = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
+
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell that starts us in the background; programs that tests start inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def has_transformers() -> bool:
