@@ -92,7 +92,7 @@ class _PackedLoops:
 
     def __init__(self, builder, name, group, blocks, height, w, block_bytes, n_groups, acts, out, out_bytes, next_block):
         self.builder, self.name, self.group, self.height = builder, name, group, height
-        self.w, self.n_groups, self.acts = w, n_groups, acts
+        self.n_groups, self.acts = n_groups, acts
         self.out, self.out_bytes, self.next_block = out, out_bytes, next_block
         self.cells = [(r, t) for r in range(blocks) for t in range(height)]
         self.zero, self.step = PACKED[name].zero, PACKED[name].step
