@@ -3,10 +3,11 @@
 One hard fact: weights stream through in pieces of a few megabytes, rounded by plain threads and
 written in order, so memory does not grow with the model. The pages of a tensor that has been read are handed back.
 
-    recipe    experts        wq wk wv wo, tok_embeddings, output    router        norms
-    q8        q8 group 64    q8 group 64                            as it was     f32
-    q4        q4 group 64    q8 group 64                            as it was     f32
-    uniform   q4 group 32    q4 group 32                            as it was     f32
+    recipe    experts    wq wk wv wo, tok_embeddings, output    router       norms
+    q8        q8         q8                                     as it was    f32
+    q4        q4         q8                                     as it was    f32
+    q3        q3         q8                                     as it was    f32
+    uniform   q4         q4                                     as it was    f32
 """
 
 from collections import deque
@@ -18,7 +19,7 @@ import numpy as np
 from .checkpoint import open_checkpoint
 from .config import Config
 from .errors import ConversionError, InputError
-from .formats import DEFAULT_GROUP, DENSE, GROUPS, ROW_BLOCK, packed_bytes
+from .formats import DENSE, PACKED, ROW_BLOCK, packed_bytes
 from .kernels import rounding
 from .kernels._jit import DISABLED
 from .quant import round as plain
@@ -31,23 +32,20 @@ from .store.writer import StoreWriter
 from .threads import default_threads
 
 PIECE_WEIGHTS = 1 << 20  # weights a thread rounds at a time: 4 MB of float32
-QUANTS = ("q8", "q4")
+QUANTS = ("q8", "q4", "q3")
 
 
 class BadWeights(ConversionError):
     """Weights that no conversion can round: trying again is of no use."""
 
 
-def make_recipe(quant: str, uniform: bool = False, group: int | None = None) -> dict:
+def make_recipe(quant: str, uniform: bool = False) -> dict:
     """What each kind of matrix is rounded to: {"name", "experts": [format, group], "matrices": [format, group]}."""
     if quant not in QUANTS:
         raise InputError(f"quant is {quant!r}, expected one of {', '.join(QUANTS)}")
-    if group is not None and group not in GROUPS:
-        raise InputError(f"group is {group!r}, expected one of {', '.join(map(str, GROUPS))}")
-    if uniform:
-        both = ["q4", group or 32]
-        return {"name": "uniform q4", "experts": both, "matrices": both}
-    return {"name": quant, "experts": [quant, group or DEFAULT_GROUP], "matrices": ["q8", DEFAULT_GROUP]}
+    formats = (quant, quant if uniform else "q8")
+    experts, matrices = ([name, PACKED[name].group] for name in formats)
+    return {"name": f"uniform {quant}" if uniform else quant, "experts": experts, "matrices": matrices}
 
 
 def tensor_formats(config: Config, recipe: dict, router_format) -> dict[str, tuple[str, int]]:
@@ -84,7 +82,7 @@ def round_piece(tensor: Tensor, first: int, last: int, format: str, group: int) 
             return out
     if problem == plain.NOT_FINITE:
         raise BadWeights("NaN or infinite weights")
-    raise BadWeights(f"weights larger than {plain.LARGEST[format]:.0f}, too large for a float16 scale")
+    raise BadWeights(f"weights larger than {plain.largest(format):.0f}, too large for a float16 scale")
 
 
 class _Rounder:
@@ -138,15 +136,15 @@ def _fill(file, plan: FilePlan, source, rounder: _Rounder, report) -> None:
             source.release(slot.name)
 
 
-def convert(source, dst, quant: str = "q8", *, uniform=False, group=None, force=False, threads=None, progress=None) -> Path:
+def convert(source, dst, quant: str = "q8", *, uniform=False, force=False, threads=None, progress=None) -> Path:
     """Write the packed store `dst` from a checkpoint; returns its path.
 
-    source: a Hugging Face folder, or an object as `checkpoint` describes it. uniform: every matrix at 4 bits (for comparisons).
-    group: inputs per scale of the experts. force: replace what npmix wrote to `dst` before. An interrupted
+    source: a Hugging Face folder, or an object as `checkpoint` describes it. uniform: every matrix like the
+    experts (for comparisons). force: replace what npmix wrote to `dst` before. An interrupted
     conversion goes on when the same call is made again. progress(done_bytes, total_bytes, tensor or file name).
     Raises ConversionError (space, permission, bad weights, occupied folder), StoreError (locked), CheckpointError, ConfigError.
     """
-    recipe = make_recipe(quant, uniform, group)
+    recipe = make_recipe(quant, uniform)
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}, expected 1 or more")
     own = not hasattr(source, "tensor")

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from npmix.checkpoint.names import huggingface_places  # noqa: E402
 from npmix.config import Config  # noqa: E402
-from npmix.convert import convert  # noqa: E402
+from npmix.convert import QUANTS, convert  # noqa: E402
 from npmix.quant.tensor import Tensor  # noqa: E402
 
 SHARD = 4 << 30  # bytes of weights in a file of the Hugging Face folder
@@ -222,9 +222,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
     for name, value in MIXTRAL.items():
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=value, metavar="N", help=f"default {value}")
-    parser.add_argument("--quant", choices=("q8", "q4"), default="q4", help="of the packed store (default q4)")
-    parser.add_argument("--uniform", action="store_true", help="every matrix at 4.5 bits (4 bits, group 32)")
-    parser.add_argument("--group", type=int, choices=(32, 64, 128), help="inputs per scale of the experts")
+    parser.add_argument("--quant", choices=QUANTS, default="q4", help="of the packed store (default q4)")
+    parser.add_argument("--uniform", action="store_true", help="every matrix like the experts")
     parser.add_argument("--hf", action="store_true", help="a Hugging Face folder in bf16 instead of a packed store")
     parser.add_argument("--seed", type=int, default=0)
     std = EMBEDDING_STD
@@ -242,7 +241,7 @@ def main(argv=None) -> None:
     if args.hf:
         write_huggingface(source, args.out)
     else:
-        convert(source, args.out, args.quant, uniform=args.uniform, group=args.group, force=args.force, progress=_progress)
+        convert(source, args.out, args.quant, uniform=args.uniform, force=args.force, progress=_progress)
     del source
     seconds, size = time.perf_counter() - began, sum(file.stat().st_size for file in args.out.iterdir())
     print(f"{args.out}: {size / 1e9:.2f} GB in {seconds:.0f} s", flush=True)

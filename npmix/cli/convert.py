@@ -9,30 +9,27 @@ from .notices import ProgressBar, compile_notice, escaped, say, size
 from .options import threads_option
 
 
-@click.command(short_help="Pack a model's weights into 8 or 4 bits.")
+@click.command(short_help="Pack a model's weights into 3 to 8 bits.")
 @click.argument("src", type=click.Path(path_type=Path))
 @click.argument("dst", type=click.Path(path_type=Path))
-@click.option("--quant", type=click.Choice(["q8", "q4"]), required=True, help="Bits of the experts' weights.")
-@click.option("--group", type=click.Choice(["32", "64", "128"]), help="Weights that share a scale in the experts.  [default: 64]")
-@click.option("--uniform", is_flag=True, help="Every matrix at 4 bits with groups of 32, for comparisons.")
+@click.option("--quant", type=click.Choice(["q8", "q4", "q3"]), required=True, help="Bits of the experts' weights.")
+@click.option("--uniform", is_flag=True, help="Every matrix like the experts, for comparisons.")
 @click.option("--force", is_flag=True, help="Replace what npmix wrote to DST before.")
 @threads_option
 @click.option("--quiet", is_flag=True, help="No progress bar.")
-def convert(src, dst, quant, group, uniform, force, threads, quiet):
-    """Pack a model's weights into 8 or 4 bits.
+def convert(src, dst, quant, uniform, force, threads, quiet):
+    """Pack a model's weights into 3 to 8 bits.
 
     SRC is a Hugging Face folder, DST the packed store to make. q8 packs every matrix into 8 bits; q4 packs the experts
-    into 4 bits and the rest into 8. An interrupted conversion goes on when the same command is given again.
+    into 4 bits and the rest into 8, q3 into 3. An interrupted conversion goes on when the same command is given again.
     """
-    if uniform and quant != "q4":
-        raise click.UsageError("--uniform goes with --quant q4.")
     from .. import convert as conversion
 
     with compile_notice(quiet):
         bar = ProgressBar(quiet)
         try:
             conversion.convert(
-                src, dst, quant, uniform=uniform, group=int(group) if group else None, force=force, threads=threads,
+                src, dst, quant, uniform=uniform, force=force, threads=threads,
                 progress=lambda done, total, what: bar.update(done, total),
             )  # fmt: skip
         except KeyboardInterrupt:

@@ -49,7 +49,7 @@ def _emit_peak(kind):
         with cgutils.for_range(builder, rounds, intp=scalar("i64")):
             for cell in cells:
                 value = builder.load(cell)
-                builder.store(emit_dot4(builder, value, x, x, 8) if whole else emit_fma(builder, value, x, x), cell)
+                builder.store(emit_dot4(builder, value, x, x) if whole else emit_fma(builder, value, x, x), cell)
         for i, cell in enumerate(cells):
             store(builder, builder.load(cell), builder.add(out, const_i64(64 * i)))
 

@@ -89,6 +89,11 @@ def fetches_ahead() -> bool:
     return is_x86() and not llvm.get_host_cpu_name().startswith(("znver", "bdver", "btver"))
 
 
+def looks_up_bytes() -> bool:
+    """Whether one instruction reads any of 128 bytes by index in each byte (AVX-512 VBMI), beside the widest form."""
+    return form() == "avx512vnni" and "avx512vbmi" in features()
+
+
 def wide_registers() -> bool:
     """Whether there are 32 registers of 16 lanes (AVX-512), not 16 or 32 narrower ones."""
     return is_x86() and "avx512f" in features()

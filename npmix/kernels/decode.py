@@ -29,7 +29,7 @@ from .phases import (
     source_of,
     unit_to_acts,
 )
-from .rows import embed, quantise_row
+from .rows import quantise_row
 from .tables import *  # noqa: F403  (the columns)
 
 RUN = 4  # units of w_gate and w_up a member takes at a time, until a quarter of them is left
@@ -38,10 +38,10 @@ HEAD_UNIT = 32  # row blocks of the output matrix
 
 
 @njit(inline=True)
-def decode(mm, attend_block, write, kv_size, m, layers, token, position, first, last, logits, index, members):
+def decode(mm, embed, attend_block, write, kv_size, m, layers, token, position, first, last, logits, index, members):
     """Layers first..last of one token; it is embedded when first is 0; `logits`: where to write them, or 0."""
     if first == 0 and index == 0:
-        embed(m[EMBEDDINGS], m[EMBEDDINGS_FORMAT], m[EMBEDDINGS_GROUP], token, m[DIM], m[X])
+        embed(m[EMBEDDINGS], token, m[DIM], m[X], scratch(m, S_PANEL, index))
     end_phase(m, T_EMBED, index, members)
     for layer in range(first, last):
         attention(mm, attend_block, write, kv_size, m, layers, layer, layer - first, position, index, members)
@@ -69,7 +69,7 @@ def attention(mm, attend_block, write, kv_size, m, layers, layer, round, positio
         base = 0 if which == 0 else q + (which - 1) * kv
         low, high = max(begin - base, 0), min(end - base, q if which == 0 else kv)
         if low < high:
-            qkv_blocks(mm, m, layers, layer, which, low, high, act, ONE, m[QKV], NONE)
+            qkv_blocks(mm, m, layers, layer, which, low, high, act, ONE, m[QKV], NONE, NONE)
     end_phase(m, T_QKV, index, members)
     for item in range(index, m[N_HEADS] + 2 * m[N_KV_HEADS], members):
         head_row(m, kv_size, write, layer, item, m[QKV], NONE, position, scratch(m, S_SCORES, index))
@@ -87,7 +87,7 @@ def attention(mm, attend_block, write, kv_size, m, layers, layer, round, positio
     width, slot = m[N_HEADS] * m[HEAD_DIM], layers[layer, WO_SLOT]
     quantise_row(m[ATT], width, m[GROUP_0 + slot], act)
     begin, end = blocks_of(m[DIM]) * index // members, blocks_of(m[DIM]) * (index + 1) // members
-    mm(slot, layers[layer, WO], m[DIM], width, begin, end, act, ONE, m[Y], NONE)
+    mm(slot, layers[layer, WO], m[DIM], width, begin, end, act, ONE, m[Y], NONE, NONE)
     add_rows(m[X], m[Y], begin, end)
     end_phase(m, T_WO, index, members)
 
@@ -139,7 +139,7 @@ def feed_forward(mm, m, layers, layer, round, index, members):
         while unit < end:
             a, first = unit // units, unit % units
             count = min(end - unit, units - first)
-            expert_units(mm, m, layers, layer, get_i32(experts + 4 * a), first, count, act, ONE, gate, up)
+            expert_units(mm, m, layers, layer, get_i32(experts + 4 * a), first, count, act, ONE, gate, up, NONE)
             for i in range(count):
                 unit_to_acts(gate + 4 * EXPERT_UNIT * i, first + i, hidden, group, m[H_ACTS] + a * h_bytes, ONE, NONE)
             unit += count
@@ -151,7 +151,7 @@ def feed_forward(mm, m, layers, layer, round, index, members):
         begin, end = item * UNIT, min(item * UNIT + UNIT, blocks_of(m[DIM]))
         for a in range(active):
             w = layers[layer, EXPERTS + 3 * get_i32(experts + 4 * a) + 2]
-            mm(down, w, m[DIM], hidden, begin, end, m[H_ACTS] + a * h_bytes, ONE, m[Y] + a * y_bytes, NONE)
+            mm(down, w, m[DIM], hidden, begin, end, m[H_ACTS] + a * h_bytes, ONE, m[Y] + a * y_bytes, NONE, NONE)
         for k in range(64 * begin, 64 * end, 64):
             total = splat_f32(F(0.0))
             for a in range(active):
@@ -171,6 +171,6 @@ def head(mm, m, logits, index, members):
     unit = take(m, COUNT_LOGITS, units, NONE, members)
     while unit < units:
         begin, end = unit * HEAD_UNIT, min(unit * HEAD_UNIT + HEAD_UNIT, count)
-        mm(slot, m[OUTPUT], m[VOCAB], m[DIM], begin, end, act, ONE, logits, NONE)
+        mm(slot, m[OUTPUT], m[VOCAB], m[DIM], begin, end, act, ONE, logits, NONE, NONE)
         unit = take(m, COUNT_LOGITS, units, NONE, members)
     end_phase(m, T_HEAD, index, members)

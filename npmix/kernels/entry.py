@@ -6,44 +6,45 @@ LLVM's time goes into those; one entry has them compiled once.
 
 import functools
 
+from ..formats import PACKED
 from ._jit import DISABLED, njit
 from .attention import attend
 from .decode import decode
 from .phases import matmul_by_slot, start_clock
 from .prefill import head, prefill
 from .proof import prove
-from .rows import cache_write
+from .rows import cache_write, embedder
 from .simd import i64
 
 DECODE, PREFILL, HEAD = range(3)
 
 
 @functools.lru_cache(maxsize=None)
-def entry(slots, kv):
-    """The kernel of a model with these slots (`phases.matmul_by_slot`) and this KV cache: (work, m, layers, a, b, c, d, e, index, members).
+def entry(slots, embeddings, kv):
+    """The kernel of a model with these slots (`phases.matmul_by_slot`), embeddings (`rows.embedder`) and KV cache: (work, m, layers, a, b, c, d, e, index, members).
 
     work DECODE: token, position, first layer, last layer, address of the logits or 0 (`decode.decode`).
     work PREFILL: tokens, position, layer, skip, unused (`prefill.prefill`).
     work HEAD: first token, tokens, address of the logits, bytes from one token's to the next's, unused (`prefill.head`).
     """
-    mm, attend_block, write = matmul_by_slot(slots), attend(kv), cache_write(kv)
+    mm, embed, attend_block, write = matmul_by_slot(slots), embedder(*embeddings), attend(kv), cache_write(kv)
     kv_size = 2 if kv == "f16" else 4
 
-    @njit(entry=f"{slots} {kv}")
+    @njit(entry=f"{slots} {embeddings} {kv}")
     def run(work, m, layers, a, b, c, d, e, index, members):
         start_clock(m, index)
         if work == DECODE:
-            decode(mm, attend_block, write, kv_size, m, layers, a, b, c, d, e, index, members)
+            decode(mm, embed, attend_block, write, kv_size, m, layers, a, b, c, d, e, index, members)
         elif work == PREFILL:
-            prefill(mm, attend_block, write, kv_size, m, layers, a, b, c, d, index, members)
+            prefill(mm, embed, attend_block, write, kv_size, m, layers, a, b, c, d, index, members)
         else:
             head(mm, m, a, b, c, d, index, members)
 
     return run
 
 
-def load(run) -> None:
-    """Compile an entry, or load it from the disk cache, before its first call."""
+def load(run, formats: set[str]) -> None:
+    """Compile an entry, or load it from the disk cache, before its first call. formats: those of the model's weights."""
     if not DISABLED:
-        prove()
+        prove(tuple(sorted(name for name in formats if name in PACKED and PACKED[name].values)))
         run.compile((i64, i64[::1], i64[:, ::1]) + (i64,) * 7)

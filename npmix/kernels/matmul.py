@@ -1,14 +1,16 @@
 """Matrix products over row blocks and token tiles, one compiled function per (format, group).
 
 One hard fact: weights are the larger operand, so row blocks are the outer loop: a pair of them stays
-in the cache while every token tile passes over it, and memory is read once.
+in the cache while every token tile passes over it, and memory is read once. Where several tiles pass, the
+pair is unpacked once, into a panel of plain int8 that stays in the cache; a single tile unpacks in registers.
 """
 
 import functools
 
-from ..formats import DENSE, PACKED, SHARED, span_bytes
+from ..formats import DENSE, PACKED, SHARED, packed_bytes, span_bytes
 from ._jit import njit
 from .tile import BLOCKS, FEW, HEIGHT, SINGLE, dense_tile, packed_tile
+from .unpack import unpack_block
 
 
 @njit
@@ -22,12 +24,12 @@ def act_bytes(cols, group):
 
 @functools.lru_cache(maxsize=None)
 def matmul(name, group, several=True):
-    """A kernel (w, rows, cols, first, last, acts, tokens, out, out_bytes) for row blocks first..last of one matrix.
+    """A kernel (w, rows, cols, first, last, acts, tokens, out, out_bytes, panel) for row blocks first..last of one matrix.
 
     w: address of the matrix (rows, cols); acts: address of the activations of `tokens` tokens, cut into `n_tiles`
     tiles of which tile i starts at token i * tokens // n_tiles; out: float32, row r of token t at
-    out + t * out_bytes + 4 * r. A packed matrix writes whole row blocks. several=False: a dense matrix that only ever meets one
-    token (a router): tall tiles would be compiled for nothing.
+    out + t * out_bytes + 4 * r. A packed matrix writes whole row blocks. panel: scratch of `panel_bytes`. several=False: a dense
+    matrix that only ever meets one token (a router): tall tiles would be compiled for nothing.
     """
     return _packed(name, group) if group else _dense(name) if several else _dense_rows(name)
 
@@ -38,15 +40,18 @@ def n_tiles(tokens):
     return (tokens + HEIGHT - 1) // HEIGHT
 
 
-def _packed(name, group):
-    most = FEW if PACKED[name].bits < 8 else 1  # 8 bits are held by memory before it pays, and every tile takes time to compile
-    one = packed_tile(name, group, 1, 1)
-    few1, few2, few3 = [packed_tile(name, group, SINGLE, min(h, most)) for h in range(1, 4)]
+def panel_bytes(cols, group):
+    """Bytes of the panel that a packed matrix of `cols` inputs is unpacked into."""
+    return packed_bytes("q8", 16 * BLOCKS, cols, group)
+
+
+@functools.lru_cache(maxsize=None)
+def _tall(name, group):
+    """A kernel for one tile of 2 to HEIGHT tokens."""
     t2, t3, t4, t5, t6 = [packed_tile(name, group, BLOCKS, min(h, HEIGHT)) for h in range(2, 7)]
-    whole = span_bytes(name, group)
 
     @njit
-    def pair(h, w, block_bytes, n_groups, acts, out, out_bytes, next_block):
+    def tall(h, w, block_bytes, n_groups, acts, out, out_bytes, next_block):
         if h == 2:
             t2(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
         elif h == 3:
@@ -58,23 +63,45 @@ def _packed(name, group):
         else:
             t6(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
 
+    return tall
+
+
+def _few(name, group, most):
+    """A kernel for SINGLE row blocks and 1 to `most` tokens."""
+    f1, f2, f3 = [packed_tile(name, group, SINGLE, min(h, most)) for h in range(1, 4)]
+
     @njit
     def few(h, w, block_bytes, n_groups, acts, out, out_bytes, next_block):
         if h == 1:
-            few1(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
+            f1(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
         elif h == 2:
-            few2(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
+            f2(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
         else:
-            few3(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
+            f3(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
 
     @njit
     def only_one(h, w, block_bytes, n_groups, acts, out, out_bytes, next_block):
-        few1(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
+        f1(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
 
-    few = few if most > 1 else only_one
+    return few if most > 1 else only_one
+
+
+def _packed(name, group):
+    most = FEW if PACKED[name].bits < 8 else 1  # 8 bits are held by memory before it pays, and every tile takes time to compile
+    one, few = packed_tile(name, group, 1, 1), _few(name, group, most)
+    tall, tall_plain, unpack = _tall(name, group), _tall("q8", group), unpack_block(name, group)
+    whole, plain, panels = span_bytes(name, group), span_bytes("q8", group), name != "q8"
 
     @njit
-    def packed_matmul(w, rows, cols, first, last, acts, tokens, out, out_bytes):
+    def tiles_over(tall, w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block):
+        tiles = n_tiles(tokens)
+        for i in range(tiles):
+            start = i * tokens // tiles
+            height = (i + 1) * tokens // tiles - start
+            tall(height, w, block_bytes, n_groups, acts + start * token_bytes, out + start * out_bytes, out_bytes, next_block)
+
+    @njit
+    def packed_matmul(w, rows, cols, first, last, acts, tokens, out, out_bytes, panel):
         n_groups = (cols + 2 * group - 1) // (2 * group) * 2
         block_bytes = n_groups // 2 * whole
         if 0 < tokens <= most:
@@ -86,15 +113,15 @@ def _packed(name, group):
             for block in range(first, last):
                 one(w + block * block_bytes, block_bytes, n_groups, acts, out + 64 * block, out_bytes, 64)
             return
-        token_bytes = act_bytes(cols, group)
-        tiles = n_tiles(tokens)
+        token_bytes, plain_bytes = act_bytes(cols, group), n_groups // 2 * plain
         for block in range(first, last, BLOCKS):
-            both = block + BLOCKS <= last  # an odd last block is paired with itself
-            for i in range(tiles):
-                start = i * tokens // tiles
-                height = (i + 1) * tokens // tiles - start
-                x, y = acts + start * token_bytes, out + start * out_bytes + 64 * block
-                pair(height, w + block * block_bytes, block_bytes if both else 0, n_groups, x, y, out_bytes, 64 if both else 0)
+            both, at, y = block + BLOCKS <= last, w + block * block_bytes, out + 64 * block  # an odd last block is paired with itself
+            if panels and tokens > HEIGHT:
+                for i in range(min(BLOCKS, last - block)):
+                    unpack(at + i * block_bytes, n_groups, panel + i * plain_bytes)
+                tiles_over(tall_plain, panel, plain_bytes if both else 0, n_groups, acts, token_bytes, tokens, y, out_bytes, 64 if both else 0)
+            else:
+                tiles_over(tall, at, block_bytes if both else 0, n_groups, acts, token_bytes, tokens, y, out_bytes, 64 if both else 0)
 
     return packed_matmul
 
@@ -119,7 +146,7 @@ def _dense(name):
             t6(w, row_bytes, cols, acts, token_bytes, out, out_bytes, next_row)
 
     @njit
-    def dense_matmul(w, rows, cols, first, last, acts, tokens, out, out_bytes):
+    def dense_matmul(w, rows, cols, first, last, acts, tokens, out, out_bytes, panel):
         token_bytes, row_bytes = (cols + 15) // 16 * 64, cols * size
         tiles = n_tiles(tokens)
         row, end = first * 16, min(last * 16, rows)
@@ -139,7 +166,7 @@ def _dense_rows(name):
     tile, size = dense_tile(name, 4, 1), DENSE[name]
 
     @njit
-    def dense_one_token(w, rows, cols, first, last, acts, tokens, out, out_bytes):
+    def dense_one_token(w, rows, cols, first, last, acts, tokens, out, out_bytes, panel):
         row, end, row_bytes = first * 16, min(last * 16, rows), cols * size
         while row < end:
             whole = row + 4 <= end
@@ -150,5 +177,5 @@ def _dense_rows(name):
 
 
 @njit
-def absent(w, rows, cols, first, last, acts, tokens, out, out_bytes):
+def absent(w, rows, cols, first, last, acts, tokens, out, out_bytes, panel):
     """Stands in a slot that a model does not use."""

@@ -25,19 +25,19 @@ NONE, ONE = np.int64(0), np.int64(1)
 
 @functools.lru_cache(maxsize=None)
 def matmul_by_slot(slots):
-    """A kernel mm(slot, w, rows, cols, first, last, acts, tokens, out, out_bytes) over a model's slots, each the arguments of `matmul`."""
+    """A kernel mm(slot, w, rows, cols, first, last, acts, tokens, out, out_bytes, panel) over a model's slots, each the arguments of `matmul`."""
     mm0, mm1, mm2, mm3 = [matmul(*slot) for slot in slots] + [absent] * (SLOTS - len(slots))
 
     @njit
-    def mm(slot, w, rows, cols, first, last, acts, tokens, out, out_bytes):
+    def mm(slot, w, rows, cols, first, last, acts, tokens, out, out_bytes, panel):
         if slot == 0:
-            mm0(w, rows, cols, first, last, acts, tokens, out, out_bytes)
+            mm0(w, rows, cols, first, last, acts, tokens, out, out_bytes, panel)
         elif slot == 1:
-            mm1(w, rows, cols, first, last, acts, tokens, out, out_bytes)
+            mm1(w, rows, cols, first, last, acts, tokens, out, out_bytes, panel)
         elif slot == 2:
-            mm2(w, rows, cols, first, last, acts, tokens, out, out_bytes)
+            mm2(w, rows, cols, first, last, acts, tokens, out, out_bytes, panel)
         else:
-            mm3(w, rows, cols, first, last, acts, tokens, out, out_bytes)
+            mm3(w, rows, cols, first, last, acts, tokens, out, out_bytes, panel)
 
     return mm
 
@@ -84,18 +84,18 @@ def norm_and_quantise(m, x, weight, source, group, row, out):
 
 
 @njit
-def qkv_blocks(mm, m, layers, layer, which, first, last, acts, tokens, out, out_bytes):
+def qkv_blocks(mm, m, layers, layer, which, first, last, acts, tokens, out, out_bytes, panel):
     """Row blocks first..last of q (which 0), k (1) or v (2); a token's q, k, v stand side by side at `out`."""
     rows = m[N_KV_HEADS] * m[HEAD_DIM]
     if which == 0:
         rows = m[N_HEADS] * m[HEAD_DIM]
-        mm(layers[layer, WQ_SLOT], layers[layer, WQ], rows, m[DIM], first, last, acts, tokens, out, out_bytes)
+        mm(layers[layer, WQ_SLOT], layers[layer, WQ], rows, m[DIM], first, last, acts, tokens, out, out_bytes, panel)
     elif which == 1:
         at = out + 4 * m[Q_WIDTH]
-        mm(layers[layer, WK_SLOT], layers[layer, WK], rows, m[DIM], first, last, acts, tokens, at, out_bytes)
+        mm(layers[layer, WK_SLOT], layers[layer, WK], rows, m[DIM], first, last, acts, tokens, at, out_bytes, panel)
     else:
         at = out + 4 * (m[Q_WIDTH] + m[KV_WIDTH])
-        mm(layers[layer, WV_SLOT], layers[layer, WV], rows, m[DIM], first, last, acts, tokens, at, out_bytes)
+        mm(layers[layer, WV_SLOT], layers[layer, WV], rows, m[DIM], first, last, acts, tokens, at, out_bytes, panel)
 
 
 @njit
@@ -137,12 +137,12 @@ def source_of(layer):
 def route(mm, m, layers, layer, row, logits, experts, weights):
     """Router logits of one row and the choice; without a router the one expert has weight 1."""
     if layers[layer, ROUTER]:
-        mm(layers[layer, ROUTER_SLOT], layers[layer, ROUTER], m[N_EXPERTS], m[DIM], NONE, blocks_of(m[N_EXPERTS]), row, ONE, logits, NONE)
+        mm(layers[layer, ROUTER_SLOT], layers[layer, ROUTER], m[N_EXPERTS], m[DIM], NONE, blocks_of(m[N_EXPERTS]), row, ONE, logits, NONE, NONE)
     choose(logits, m[N_EXPERTS], m[N_ACTIVE], experts, weights)
 
 
 @njit
-def expert_units(mm, m, layers, layer, expert, unit, count, acts, tokens, gate, up):
+def expert_units(mm, m, layers, layer, expert, unit, count, acts, tokens, gate, up, panel):
     """`count` units of EXPERT_UNIT rows of one expert's w_gate and w_up with SwiGLU: float32 (tokens, count * EXPERT_UNIT) at `gate`,
     zero past hidden_dim."""
     hidden, slot = m[HIDDEN_DIM], layers[layer, GATE_SLOT]
@@ -150,8 +150,8 @@ def expert_units(mm, m, layers, layer, expert, unit, count, acts, tokens, gate, 
     width = count * EXPERT_UNIT
     last = min(first + width // 16, blocks_of(hidden))
     at = EXPERTS + 3 * expert
-    mm(slot, layers[layer, at], hidden, m[DIM], first, last, acts, tokens, gate - 64 * first, 4 * width)
-    mm(slot, layers[layer, at + 1], hidden, m[DIM], first, last, acts, tokens, up - 64 * first, 4 * width)
+    mm(slot, layers[layer, at], hidden, m[DIM], first, last, acts, tokens, gate - 64 * first, 4 * width, panel)
+    mm(slot, layers[layer, at + 1], hidden, m[DIM], first, last, acts, tokens, up - 64 * first, 4 * width, panel)
     valid = min(width, hidden - 16 * first)
     for t in range(tokens):
         row = 4 * width * t

@@ -31,7 +31,7 @@ from .phases import (
     source_of,
     unit_to_acts,
 )
-from .rows import embed, put_in_tile, quantise_row
+from .rows import put_in_tile, quantise_row
 from .tables import *  # noqa: F403  (the columns)
 
 UNIT = 4  # row blocks a member takes at a time
@@ -39,12 +39,12 @@ QUERY_ROWS = 64  # query rows (tokens x heads of one kv head) a member takes at 
 
 
 @njit(inline=True)
-def prefill(mm, attend_block, write, kv_size, m, layers, tokens, position, layer, skip, index, members):
+def prefill(mm, embed, attend_block, write, kv_size, m, layers, tokens, position, layer, skip, index, members):
     """One layer of the chunk in TOKENS, whose first token stands at `position`. Layer 0 embeds. Counters must be 0."""
     if layer == 0:
         for t in range(index, tokens, members):
             token, at = get_i32(m[TOKENS] + 4 * t), m[X] + 4 * m[X_WIDTH] * t
-            embed(m[EMBEDDINGS], m[EMBEDDINGS_FORMAT], m[EMBEDDINGS_GROUP], token, m[DIM], at)
+            embed(m[EMBEDDINGS], token, m[DIM], at, scratch(m, S_PANEL, index))
         end_phase(m, T_EMBED, index, members)
     project(mm, write, kv_size, m, layers, layer, tokens, position, skip, index, members)
     attention(attend_block, kv_size, m, layer, tokens, position, skip, index, members)
@@ -63,7 +63,7 @@ def head(mm, m, first, tokens, logits, logits_bytes, index, members):
     unit = atomic_add(m[COUNTERS] + COUNT_LOGITS, 1)
     while unit * UNIT < count:
         begin, end = unit * UNIT, min(unit * UNIT + UNIT, count)
-        mm(slot, m[OUTPUT], m[VOCAB], m[DIM], begin, end, m[ACTS], tokens, logits, logits_bytes)
+        mm(slot, m[OUTPUT], m[VOCAB], m[DIM], begin, end, m[ACTS], tokens, logits, logits_bytes, scratch(m, S_PANEL, index))
         unit = atomic_add(m[COUNTERS] + COUNT_LOGITS, 1)
     end_phase(m, T_HEAD, index, members)
 
@@ -92,16 +92,16 @@ def project(mm, write, kv_size, m, layers, layer, tokens, position, skip, index,
     q_blocks, kv_blocks = m[Q_WIDTH] // 16, m[KV_WIDTH] // 16
     q_units, kv_units = (q_blocks + UNIT - 1) // UNIT, (kv_blocks + UNIT - 1) // UNIT
     qkv_bytes = 4 * (m[Q_WIDTH] + 2 * m[KV_WIDTH])
-    unit = atomic_add(m[COUNTERS] + COUNT_QKV, 1)
+    unit, panel = atomic_add(m[COUNTERS] + COUNT_QKV, 1), scratch(m, S_PANEL, index)
     while unit < q_units + 2 * kv_units:
         if unit < q_units:
             begin, end = unit * UNIT, min(unit * UNIT + UNIT, q_blocks)
             acts = few if skip else m[ACTS]
-            qkv_blocks(mm, m, layers, layer, NONE, begin, end, acts, tokens - skip, m[QKV] + skip * qkv_bytes, qkv_bytes)
+            qkv_blocks(mm, m, layers, layer, NONE, begin, end, acts, tokens - skip, m[QKV] + skip * qkv_bytes, qkv_bytes, panel)
         else:
             begin = (unit - q_units) % kv_units * UNIT
             end = min(begin + UNIT, kv_blocks)
-            qkv_blocks(mm, m, layers, layer, 1 + (unit - q_units) // kv_units, begin, end, m[ACTS], tokens, m[QKV], qkv_bytes)
+            qkv_blocks(mm, m, layers, layer, 1 + (unit - q_units) // kv_units, begin, end, m[ACTS], tokens, m[QKV], qkv_bytes, panel)
         unit = atomic_add(m[COUNTERS] + COUNT_QKV, 1)
     end_phase(m, T_QKV, index, members)
     temp = scratch(m, S_SCORES, index)
@@ -164,7 +164,7 @@ def attention_output(mm, m, layers, layer, tokens, skip, index, members):
     unit = atomic_add(m[COUNTERS] + COUNT_OUT, 1)
     while unit * UNIT < blocks:
         begin, end = unit * UNIT, min(unit * UNIT + UNIT, blocks)
-        mm(slot, layers[layer, WO], m[DIM], width, begin, end, m[ACTS], count, m[Y], x_bytes)
+        mm(slot, layers[layer, WO], m[DIM], width, begin, end, m[ACTS], count, m[Y], x_bytes, scratch(m, S_PANEL, index))
         for t in range(count):
             add_rows(m[X] + x_bytes * (skip + t), m[Y] + x_bytes * t, begin, end)
         unit = atomic_add(m[COUNTERS] + COUNT_OUT, 1)
@@ -239,14 +239,14 @@ def experts(mm, m, layers, layer, tokens, skip, index, members):
     hidden, gate_slot, down = m[HIDDEN_DIM], layers[layer, GATE_SLOT], layers[layer, DOWN_SLOT]
     group = m[GROUP_0 + down]
     in_bytes, h_bytes, x_bytes = act_bytes(m[DIM], m[GROUP_0 + gate_slot]), act_bytes(hidden, group), 4 * m[X_WIDTH]
-    gate, up = scratch(m, S_GATE, index), scratch(m, S_UP, index)
+    gate, up, panel = scratch(m, S_GATE, index), scratch(m, S_UP, index), scratch(m, S_PANEL, index)
     units = (hidden + EXPERT_UNIT - 1) // EXPERT_UNIT
     item = atomic_add(m[COUNTERS] + COUNT_GATE, 1)
     while item < m[N_EXPERTS] * units:
         expert, unit = item // units, item % units
         begin, count = expert_places(m, expert)
         if count:
-            expert_units(mm, m, layers, layer, expert, unit, ONE, m[ACTS] + begin * in_bytes, count, gate, up)
+            expert_units(mm, m, layers, layer, expert, unit, ONE, m[ACTS] + begin * in_bytes, count, gate, up, panel)
             tiles = n_tiles(count)
             for i in range(tiles):
                 start, end = i * count // tiles, (i + 1) * count // tiles
@@ -263,7 +263,7 @@ def experts(mm, m, layers, layer, tokens, skip, index, members):
         begin, count = expert_places(m, expert)
         if count:
             w, h = layers[layer, EXPERTS + 3 * expert + 2], m[H_ACTS] + begin * h_bytes
-            mm(down, w, m[DIM], hidden, first, min(first + UNIT, blocks), h, count, m[Y] + begin * x_bytes, x_bytes)
+            mm(down, w, m[DIM], hidden, first, min(first + UNIT, blocks), h, count, m[Y] + begin * x_bytes, x_bytes, panel)
         item = atomic_add(m[COUNTERS] + COUNT_DOWN, 1)
     end_phase(m, T_DOWN, index, members)
     for t in range(index, tokens, members):

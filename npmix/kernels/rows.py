@@ -11,7 +11,7 @@ from numpy import float32 as F
 from numpy import int32 as I32
 from numpy import int64 as I64
 
-from ..formats import FORMAT_IDS, PACKED, SHARED
+from ..formats import SHARED, span_bytes
 from ._jit import njit
 from .dot import START
 from .ops import (
@@ -44,51 +44,40 @@ from .ops import (
     sum_i32,
     to_i32,
 )
+from .unpack import unpack_block
 
 MINUS_LOG2_E = -1.4426950408889634
 F16_MAX = 65504.0
-_F32, _F16, _Q8 = FORMAT_IDS["f32"], FORMAT_IDS["f16"], FORMAT_IDS["q8"]
-_BF16 = FORMAT_IDS["bf16"]
-_Q4 = FORMAT_IDS["q4"]
-_Q8_STEP, _Q8_ZERO, _Q4_STEP, _Q4_ZERO = PACKED["q8"].step, PACKED["q8"].zero, PACKED["q4"].step, PACKED["q4"].zero
 
 
-@njit
-def embed(table, form, group, token, dim, out):
-    """Row `token` of an embedding table in any format, as float32 (dim,), then zeros up to a multiple of 16."""
-    for k in range(dim, (dim + 15) // 16 * 16):  # what an earlier, not finite row left there would spread
-        put_f32(out + 4 * k, F(0.0))
-    if form == _F32:
+@functools.lru_cache(maxsize=None)
+def embedder(name, group):
+    """A kernel (table, token, dim, out, panel): row `token` of an embedding table as float32 (dim,), then zeros up to a multiple of 16."""
+    read, size = {"f32": (get_f32, 4), "f16": (get_f16, 2), "bf16": (get_bf16, 2)}.get(name, (None, 0))
+
+    @njit
+    def embed_dense(table, token, dim, out, panel):
+        for k in range(dim, (dim + 15) // 16 * 16):  # what an earlier, not finite row left there would spread
+            put_f32(out + 4 * k, F(0.0))
         for k in range(dim):
-            put_f32(out + 4 * k, get_f32(table + 4 * (token * dim + k)))
-    elif form == _F16:
-        for k in range(dim):
-            put_f32(out + 4 * k, get_f16(table + 2 * (token * dim + k)))
-    elif form == _BF16:
-        for k in range(dim):
-            put_f32(out + 4 * k, get_bf16(table + 2 * (token * dim + k)))
-    else:
-        _embed_packed(table, form, group, token, dim, out)
+            put_f32(out + 4 * k, read(table + size * (token * dim + k)))
 
+    if not group:
+        return embed_dense
+    unpack, whole, plain = unpack_block(name, group), span_bytes(name, group), span_bytes("q8", group)
 
-@njit
-def _embed_packed(table, form, group, token, dim, out):
-    """w = (code - zero) * scale, from the row's bytes 4 * (token % 16) .. + 3 of each line."""
-    step = _Q8_STEP if form == _Q8 else _Q4_STEP
-    zero = _Q8_ZERO if form == _Q8 else _Q4_ZERO
-    span = 64 + 2 * (group // step) * 64
-    block = table + token // 16 * ((dim + 2 * group - 1) // (2 * group)) * span
-    lane = token % 16
-    for k in range(dim):
-        g = k // group
-        base = block + g // 2 * span
-        scale = get_f16(base + g % 2 * 32 + 2 * lane)
-        within = k % group
-        line = base + 64 + g % 2 * (group // step) * 64 + within // step * 64
-        byte = get_u8(line + 4 * lane + within % 4)
-        if form == _Q4:
-            byte = byte & 15 if within % 8 < 4 else byte >> 4
-        put_f32(out + 4 * k, F(byte - zero) * scale)
+    @njit
+    def embed_packed(table, token, dim, out, panel):
+        for k in range(dim, (dim + 15) // 16 * 16):
+            put_f32(out + 4 * k, F(0.0))
+        spans, lane = (dim + 2 * group - 1) // (2 * group), token % 16
+        unpack(table + token // 16 * spans * whole, 2 * spans, panel)
+        for k in range(dim):
+            span, g = panel + k // (2 * group) * plain, k // group % 2
+            scale, code = get_f16(span + 32 * g + 2 * lane), get_u8(span + 64 + k % (2 * group) // 4 * 64 + 4 * lane + k % 4)
+            put_f32(out + 4 * k, F(code - 128) * scale)
+
+    return embed_packed
 
 
 @njit

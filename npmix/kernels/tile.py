@@ -23,9 +23,9 @@ import functools
 import numpy as np
 from numba.core import cgutils
 
-from ..formats import PACKED, SHARED, span_bytes
+from ..formats import SHARED, span_bytes
 from . import cpu
-from .dot import NARROW_DOTS, emit_dot4, emit_dot_narrow, emit_dot_start, emit_splat4, emit_widen, has_narrow, takes_high_nibbles
+from .dot import emit_dot4, emit_dot_start, emit_splat4
 from .simd import (
     const_i64,
     const_vector,
@@ -48,6 +48,7 @@ from .simd import (
     vector,
     void,
 )
+from .unpack import Unpacker, twin_row_block
 
 # The tallest tile: 2 row blocks x 6 tokens are 12 integer and 12 float accumulators of AVX-512's 32 registers (the totals of
 # earlier runs are touched once in SHARED inputs and may lie on the stack); where 16 lanes take several registers, 1 x 4 keeps
@@ -56,21 +57,10 @@ BLOCKS, HEIGHT = (2, 6) if cpu.wide_registers() else (1, 4)
 # Up to FEW tokens take SINGLE row blocks: each broadcast of inputs feeds 4 dots, and fewer instructions a byte keep more bytes in flight.
 SINGLE, FEW = 4 if cpu.is_x86() else 1, 3 if cpu.wide_registers() else 1
 AHEAD = 4096 if cpu.fetches_ahead() else 0  # bytes a single token's tile fetches ahead
+UNROLLED = 128  # dots that are written out rather than looped over, if a chunk of inputs has no more
 
 
 # ---- packed ------------------------------------------------------------------------------------
-
-
-def _unpack_line(builder, name, line, raw):
-    """The vectors of codes in one 64-byte line, in the order of their inputs. raw: leave high nibbles where they are, times 16."""
-    if name == "q8":
-        return [line]
-    if raw:
-        return [builder.and_(line, const_vector("i8", 64, 15)), builder.and_(line, const_vector("i8", 64, -16))]
-    wide = builder.bitcast(line, vector("i16", 32))
-    high = builder.bitcast(builder.lshr(wide, const_vector("i16", 32, 4)), vector("i8", 64))
-    mask = const_vector("i8", 64, 15)
-    return [builder.and_(line, mask), builder.and_(high, mask)]
 
 
 @functools.lru_cache(maxsize=None)
@@ -95,14 +85,12 @@ class _PackedLoops:
         self.n_groups, self.acts = n_groups, acts
         self.out, self.out_bytes, self.next_block = out, out_bytes, next_block
         self.cells = [(r, t) for r in range(blocks) for t in range(height)]
-        self.zero, self.step = PACKED[name].zero, PACKED[name].step
-        self.lines, self.run_groups = group // self.step, SHARED // group
-        self.raw = name == "q4" and height == 1 and takes_high_nibbles()  # a shift a group instead of one a line
-        narrow = has_narrow(self.zero)
-        # few cells: split sums, or the dot's latency shows
-        self.chains = 1 if narrow else 2 if self.raw else max(1, min(4, 8 // len(self.cells)))
-        dots = self.lines * len(self.cells) * self.step // 4
-        self.unroll = NARROW_DOTS * 4 // self.step if narrow else self.lines if dots <= 96 else min(self.lines, 4)
+        self.source, self.run_groups = Unpacker(builder, name, group), SHARED // group
+        self.chains = max(1, min(4, 8 // len(self.cells)))  # few cells: split sums, or the dot's latency shows
+        self.chunks = group // self.source.chunk
+        self.unroll = self.chunks  # chunks written out one after the other
+        while self.unroll > 1 and self.unroll * self.source.vectors * len(self.cells) > UNROLLED:
+            self.unroll //= 2
 
         self.scales = builder.add(acts, builder.mul(n_groups, const_i64(group * height)))
         self.runs = builder.udiv(builder.add(n_groups, const_i64(self.run_groups - 1)), const_i64(self.run_groups))
@@ -111,11 +99,13 @@ class _PackedLoops:
         self.total = {c: cgutils.alloca_once_value(builder, const_vector("f32", 16, 0.0)) for c in self.cells}
         self.scaled = {c: cgutils.alloca_once(builder, vector("f32", 16)) for c in self.cells}
         self.part = {(c, k): cgutils.alloca_once(builder, vector("i32", 16)) for c in self.cells for k in range(self.chains)}
-        self.narrow = {c: cgutils.alloca_once(builder, vector("i16", 32)) for c in self.cells} if narrow else {}
 
     def emit(self):
         builder, full = self.builder, const_i64(self.run_groups)
-        if self.height == 1 and len(self.rows) == SINGLE:  # little work a byte: without inner loops more bytes are in flight
+        if self.run_groups == 1:
+            with self.loop(self.runs) as index:
+                self.run(index, index, 1)
+        elif self.height == 1 and len(self.rows) == SINGLE:  # little work a byte: without inner loops more bytes are in flight
             with self.loop(builder.udiv(self.n_groups, full)) as index:
                 self.run(index, builder.mul(index, full), self.run_groups)
             if self.run_groups > 2:  # a last run of half the length
@@ -153,56 +143,48 @@ class _PackedLoops:
             builder.store(value, self.total[r, t])
 
     def group_of(self, g):
-        """One group: exact integers by lines, then scaled and added."""
+        """One group: exact integers chunk by chunk, then scaled and added."""
         builder, half = self.builder, self.builder.and_(g, const_i64(1))
         span = builder.mul(builder.lshr(g, const_i64(1)), const_i64(span_bytes(self.name, self.group)))
-        codes_at = builder.add(span, builder.add(const_i64(64), builder.mul(half, const_i64(self.lines * 64))))
+        places = [builder.add(span, place) for place in self.source.places(half)]
         inputs = builder.add(self.acts, builder.mul(g, const_i64(self.group * self.height)))
         start_at = builder.add(self.starts, builder.mul(g, const_i64(4 * self.height)))
         for r, t in self.cells:
-            start = emit_dot_start(builder, builder.add(start_at, const_i64(4 * t)), self.zero)
+            start = emit_dot_start(builder, builder.add(start_at, const_i64(4 * t)))
             for k in range(self.chains):
                 builder.store(start if k == 0 else const_vector("i32", 16, 0), self.part[(r, t), k])
-        with self.loop(const_i64(self.lines // self.unroll)) as index:
-            first = builder.mul(index, const_i64(self.unroll))
-            for cell in self.narrow.values():
-                builder.store(const_vector("i16", 32, 0), cell)
-            for i in range(self.unroll):
-                line = builder.add(first, const_i64(i))
-                at = builder.add(codes_at, builder.mul(line, const_i64(64)))
-                self.line(at, i, builder.add(inputs, builder.mul(line, const_i64(self.step * self.height))))
-            for c, cell in self.narrow.items():
-                builder.store(emit_widen(builder, builder.load(self.part[c, 0]), builder.load(cell)), self.part[c, 0])
+        if self.unroll == self.chunks:
+            for i in range(self.chunks):
+                self.chunk(places, inputs, const_i64(i))
+        else:
+            with self.loop(const_i64(self.chunks // self.unroll)) as index:
+                for i in range(self.unroll):
+                    self.chunk(places, inputs, builder.add(builder.mul(index, const_i64(self.unroll)), const_i64(i)))
         scale_at = builder.add(span, builder.mul(half, const_i64(32)))
         w_scale = [emit_load_f16(builder, builder.add(b, scale_at)) for b in self.rows]
         for c in self.cells:
-            exact = builder.sitofp(self.exact(c), vector("f32", 16))
+            parts = [builder.load(self.part[c, k]) for k in range(self.chains)]
+            exact = builder.sitofp(functools.reduce(builder.add, parts), vector("f32", 16))
             builder.store(emit_fma(builder, exact, w_scale[c[0]], builder.load(self.scaled[c])), self.scaled[c])
 
-    def line(self, at, index, inputs):
-        """One line of each row block against its inputs of every token; `inputs` is their address."""
-        builder, dots = self.builder, self.step // 4
+    def chunk(self, places, inputs, index):
+        """One chunk of each row block against its inputs of every token."""
+        builder, source = self.builder, self.source
+        codes = builder.add(places[0], builder.mul(index, const_i64(source.chunk_bytes)))
+        selectors = builder.add(places[1], builder.mul(index, const_i64(source.selector_bytes)))
+        inputs = builder.add(inputs, builder.mul(index, const_i64(source.chunk * self.height)))
         if self.height == 1 and AHEAD:
             for b in self.rows:
-                prefetch(builder, builder.add(builder.add(b, at), const_i64(AHEAD)))
-        codes = [_unpack_line(builder, self.name, load(builder, builder.add(b, at), vector("i8", 64)), self.raw) for b in self.rows]
-        for j in range(dots):
+                for line in range(0, source.chunk_bytes, 64):
+                    prefetch(builder, builder.add(builder.add(b, codes), const_i64(AHEAD + line)))
+        chunks = [source.open(builder.add(b, codes), builder.add(b, selectors)) for b in self.rows]
+        for i in range(source.vectors):
+            vectors = [source.vector(chunk, i) for chunk in chunks]
             for t in range(self.height):
-                x = emit_splat4(builder, builder.add(inputs, const_i64(4 * (j * self.height + t))))
-                for r in range(len(self.rows)):
-                    if self.narrow:
-                        cell = self.narrow[r, t]
-                        builder.store(emit_dot_narrow(builder, builder.load(cell), codes[r][j], x), cell)
-                    else:
-                        cell = self.part[(r, t), (index * dots + j) % self.chains]
-                        builder.store(emit_dot4(builder, builder.load(cell), codes[r][j], x, self.zero), cell)
-
-    def exact(self, cell):
-        """The integer of the group, from its chains."""
-        sums = [self.builder.load(self.part[cell, k]) for k in range(self.chains)]
-        if self.raw:  # the second chain took the high nibbles, times 16
-            sums[1] = self.builder.ashr(sums[1], const_vector("i32", 16, 4))
-        return functools.reduce(self.builder.add, sums)
+                x = emit_splat4(builder, builder.add(inputs, const_i64(4 * (i * self.height + t))))
+                for r, w in enumerate(vectors):
+                    cell = self.part[(r, t), i % self.chains]
+                    builder.store(emit_dot4(builder, builder.load(cell), w, x), cell)
 
 
 def _packed_twin(name, group, blocks, height):
@@ -224,18 +206,6 @@ def _packed_twin(name, group, blocks, height):
                 poke(out + t * out_bytes + r * next_block, y[t, 16 * r : 16 * r + 16])
 
     return twin
-
-
-def twin_row_block(name, group, address, n_groups):
-    """One row block's int8 values (16, n_groups, group) as int32 and its scales (16, n_groups) as float32."""
-    spans = n_groups // 2
-    data = peek(address, np.uint8, spans * span_bytes(name, group)).reshape(spans, -1)
-    scales = data[:, :64].copy().view(np.float16).reshape(n_groups, 16).T.astype(np.float32)
-    lines = data[:, 64:].reshape(n_groups, -1, 16, 4)
-    if name == "q4":
-        lines = np.stack([lines & 15, lines >> 4], axis=2).reshape(n_groups, -1, 16, 4)
-    codes = lines.transpose(2, 0, 1, 3).reshape(16, n_groups, group)
-    return codes.astype(np.int32) - PACKED[name].zero, scales
 
 
 # ---- dense -------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ class Forward:
         self.state = RunState(weights, self.cache, context, chunk, threads)
         self.team = Team(threads)
         self._alone = Team(1)
-        self._kernel = entry(tuple(weights.slots), kv)
+        self._kernel = entry(tuple(weights.slots), weights.embeddings_kind, kv)
         self._width = -(-self.config.vocab_size // 16) * 16
         self._row = np.zeros((1, self._width), np.float32)
         self.decode_team = self._alone if weights.bytes_per_token() < SMALL else self.team
@@ -35,9 +35,9 @@ class Forward:
         self._loaded = False
 
     def load_kernels(self) -> None:
-        """Prove the int8 dot, compile the kernels or load them from the cache; the first token does it if nobody did before."""
+        """Prove the int8 kernels, compile the kernels or load them from the cache; the first token does it if nobody did before."""
         if not self._loaded:
-            load(self._kernel)
+            load(self._kernel, {name for name, *_ in [*self.weights.slots, self.weights.embeddings_kind]})
             self._loaded = True
 
     def _begin(self) -> None:

@@ -11,6 +11,7 @@ from ..formats import EXPERT_UNIT, SHARED
 from ..kernels import tables as t
 from ..kernels.attention import BLOCK, TALLEST
 from ..kernels.decode import RUN
+from ..kernels.matmul import panel_bytes
 from ..kernels.prefill import QUERY_ROWS
 from .kv_cache import KVCache
 from .reference import rope_angles
@@ -60,8 +61,7 @@ class RunState:
 
     def _weights(self, weights: Weights) -> None:
         m = self.m
-        m[t.EMBEDDINGS], m[t.EMBEDDINGS_FORMAT], m[t.EMBEDDINGS_GROUP] = weights.embeddings
-        m[t.NORM], m[t.OUTPUT], m[t.OUTPUT_SLOT] = weights.norm, weights.output, weights.output_slot
+        m[t.EMBEDDINGS], m[t.NORM], m[t.OUTPUT], m[t.OUTPUT_SLOT] = weights.embeddings, weights.norm, weights.output, weights.output_slot
 
     def _buffers(self, c: Config, weights: Weights, cache: KVCache, chunk: int) -> None:
         m, width, pairs = self.m, int(self.m[t.X_WIDTH]), chunk * c.n_active
@@ -93,6 +93,7 @@ class RunState:
         """Each member's own buffers, one after the other, each starting on a cache line."""
         part = 4 * (16 + int(self.m[t.V_WIDTH]))
         groups = {slot.group for slot in weights.slots}
+        packed = (groups | {weights.embeddings_kind[1]}) - {0}
         sizes = {
             t.S_ROW: 4 * int(self.m[t.X_WIDTH]),
             t.S_ACT: max(_act_bytes(n, g) for n in (c.dim, c.n_heads * c.head_dim) for g in groups),
@@ -103,6 +104,7 @@ class RunState:
             t.S_SCORES: 4 * TALLEST * BLOCK,
             t.S_PARTS: TALLEST * part,
             t.S_RUNNING: max(QUERY_ROWS, c.n_heads // c.n_kv_heads) * part,
+            t.S_PANEL: max(panel_bytes(n, g) for n in (c.dim, c.n_heads * c.head_dim, c.hidden_dim) for g in packed) if packed else 0,
         }
         at = 0
         for column, size in sizes.items():

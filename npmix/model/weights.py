@@ -10,7 +10,7 @@ import numpy as np
 
 from ..config import Config
 from ..errors import StoreError
-from ..formats import DENSE, FORMAT_IDS
+from ..formats import DENSE
 from ..kernels import tables
 
 
@@ -42,7 +42,7 @@ class Weights:
             self.slots[slot] = self.slots[slot]._replace(several=False)
         table = source.tensor("tok_embeddings")
         self._kept.append(table.data)
-        self.embeddings = (table.address, FORMAT_IDS[table.format], table.group)
+        self.embeddings, self.embeddings_kind = table.address, (table.format, table.group)
 
     def _fill(self, layer: int, row: np.ndarray) -> None:
         at, config = f"layers.{layer}.", self.config

@@ -1,4 +1,4 @@
-"""The packed store, version 1: the specification, then the arithmetic of its bytes.
+"""The packed store, version 2: the specification, then the arithmetic of its bytes.
 
 A store is a folder:
 
@@ -10,14 +10,15 @@ A store is a folder:
 The manifest is one JSON object:
 
     format       "npmix-store"
-    version      1; a reader refuses a higher number
+    version      2; a reader refuses a higher number (1 differs in its 4-bit format, which is no longer read)
     config       the fields of `config.Config`
     recipe       how the weights were rounded, in words; for people
     source       where they came from, in words; for people
     is_instruct  whether the source was tuned to chat
     tokenizer    "tokenizer.model" or null
     tensors      our name -> {"file", "format", "group", "shape"}; exactly the names and shapes of
-                 Config.tensor_shapes(). format: f32, f16, bf16 (group 0) or q8, q4 (group 32, 64, 128)
+                 Config.tensor_shapes(). format: f32, f16, bf16 (group 0) or a packed one with
+                 its group of inputs (`formats.PACKED`)
     files        file name -> {"bytes", "sha256"} of every file but the manifest
 
 Each .safetensors file is an ordinary one, which any safetensors reader opens:
@@ -42,10 +43,10 @@ import json
 from dataclasses import dataclass
 
 from ..config import Config
-from ..formats import DENSE, tensor_bytes
+from ..formats import DENSE, PACKED, tensor_bytes
 
 FORMAT = "npmix-store"
-VERSION = 1
+VERSION = 2
 MANIFEST = "npmix.json"
 PROGRESS = "npmix.partial.json"
 LOCK = ".npmix.lock"
@@ -54,7 +55,7 @@ REST = "rest.safetensors"
 TOKENIZER = "tokenizer.model"
 PAGE = 4096
 LINE = 64
-SAFETENSORS_DTYPE = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8": "U8", "q4": "U8"}
+SAFETENSORS_DTYPE = {"f32": "F32", "f16": "F16", "bf16": "BF16", **dict.fromkeys(PACKED, "U8")}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from ..checkpoint.jsonfile import read_json
 from ..checkpoint.safetensors_file import SafetensorsFile
 from ..config import Config
 from ..errors import ConfigError, StoreError
-from ..formats import DENSE, GROUPS, PACKED, tensor_bytes
+from ..formats import DENSE, PACKED, tensor_bytes
 from ..quant.tensor import Tensor
 from .layout import FORMAT, MANIFEST, PROGRESS, SAFETENSORS_DTYPE, TOKENIZER, VERSION, file_of, stored_shape
 
@@ -65,7 +65,7 @@ def _check_files(folder: Path, manifest: dict, config: Config) -> None:
             raise StoreError(f"{path} has {found} bytes, the manifest says {entry['bytes']}: copy the store again or convert again")
 
 
-def _check_tensor(where: Path, name: str, claim, shape: tuple[int, ...]) -> tuple[str, int]:
+def _check_tensor(where: Path, name: str, claim, shape: tuple[int, ...], version: int) -> tuple[str, int]:
     """(format, group) of one entry of the manifest's table."""
     if not isinstance(claim, dict) or set(claim) != {"file", "format", "group", "shape"}:
         raise StoreError(f"{where}: the entry of {name} lacks file, format, group or shape: convert again")
@@ -76,8 +76,10 @@ def _check_tensor(where: Path, name: str, claim, shape: tuple[int, ...]) -> tupl
         raise StoreError(f"{where}: {name} is in {str(claim['file'])[:60]!r}, expected {file_of(name)}: convert again")
     if not isinstance(format, str) or format not in SAFETENSORS_DTYPE:
         raise StoreError(f"{where}: {name} has format {str(format)[:40]!r}, expected one of {', '.join(SAFETENSORS_DTYPE)}: upgrade npmix")
-    if type(group) is not int or (group != 0 if format in DENSE else group not in GROUPS):
-        raise StoreError(f"{where}: {name} has group {str(group)[:40]}, expected {0 if format in DENSE else GROUPS}: convert again")
+    if format == "q4" and version < 2:
+        raise StoreError(f"{where}: {name} is q4 as an older npmix packed it, no longer read: convert again from the checkpoint")
+    if type(group) is not int or (group != 0 if format in DENSE else group not in PACKED[format].groups):
+        raise StoreError(f"{where}: {name} has group {str(group)[:40]}, expected {0 if format in DENSE else PACKED[format].groups}: convert again")
     if format in PACKED and (len(shape) != 2 or name.endswith((".router", "norm"))):
         raise StoreError(f"{where}: {name} is packed as {format}, expected a dense format: convert again")
     if name.endswith("norm") and format != "f32":
@@ -105,7 +107,7 @@ class Store:
         if set(table) != set(self._shapes):
             odd = sorted(set(table) ^ set(self._shapes))
             raise StoreError(f"{where}: tensors do not match the config: {', '.join(odd)[:200]}: convert again")
-        self._formats = {name: _check_tensor(where, name, table[name], shape) for name, shape in self._shapes.items()}
+        self._formats = {name: _check_tensor(where, name, table[name], shape, self.manifest["version"]) for name, shape in self._shapes.items()}
         _check_files(self.path, self.manifest, self.config)
         self.generation = {"eos_ids": self.config.eos_ids}
         self.is_instruct = self.manifest["is_instruct"]

@@ -1,0 +1,219 @@
+"""From packed codes to the bytes that the dot takes: int8 + 128, sixteen rows side by side.
+
+One hard fact: this is all that tells one packed format from another; whatever comes after sees the same
+integers. A format with a table costs a lookup a vector, which serves every token of a tile: on AVX-512 VBMI
+one instruction finds values[code] * multipliers[selector] ready in a table of up to 128 bytes; elsewhere the 16
+values are looked up and multiplied.
+"""
+
+import functools
+
+import numpy as np
+from numba.core import cgutils
+
+from ..formats import PACKED, codes_at, span_bytes
+from . import cpu
+from .simd import call, const_i64, const_vector, i64, load, op, peek, poke, scalar, shuffle, store, vector, void
+
+_LANES = list(range(16))
+
+
+@functools.lru_cache(maxsize=None)
+def table(name: str) -> np.ndarray:
+    """int8 (selectors, codes): what each pair of selector and code means; one row where there are no selectors."""
+    spec = PACKED[name]
+    return np.outer(spec.multipliers or (1,), spec.values).astype(np.int8)
+
+
+class Unpacker:
+    """The chunks of one row block of a packed matrix, being read in a function that is written."""
+
+    def __init__(self, builder, name, group):
+        self.builder, self.name, self.spec, self.group = builder, name, PACKED[name], group
+        self.chunk = self.spec.chunk
+        self.vectors = self.chunk // 4
+        self.chunk_bytes = self.chunk * 2 * self.spec.bits
+        self.selector_bytes = 16 * self.spec.selector_bytes(self.chunk)
+        self._vbmi = bool(self.spec.values) and cpu.looks_up_bytes()
+
+    def places(self, half):
+        """Offsets in a span of the first chunk's codes and selectors of group `half` (i64, 0 or 1)."""
+        chunks, builder = self.group // self.chunk, self.builder
+        codes = builder.add(const_i64(codes_at(self.name, self.group)), builder.mul(half, const_i64(chunks * self.chunk_bytes)))
+        return codes, builder.add(const_i64(64), builder.mul(half, const_i64(chunks * self.selector_bytes)))
+
+    def open(self, codes, selectors):
+        """A chunk at the address of its codes and of its selectors: vector i of it comes from `vector`."""
+        if not self.spec.per:
+            return codes, None
+        return codes, self._load_selectors(selectors)
+
+    def vector(self, chunk, i):
+        """Inputs 4i..4i+3 of the chunk's 16 rows: <64 x i8>, int8 + 128."""
+        codes, selectors = chunk
+        if not self.spec.values:
+            return load(self.builder, self.builder.add(codes, const_i64(64 * i)), vector("i8", 64))
+        index = self._index(codes, i)
+        return self._lookup_all(index, selectors, i) if self._vbmi else self._multiply(index, selectors, i)
+
+    def _load_selectors(self, at):
+        """Each row's selectors of the chunk as a 32-bit lane."""
+        size, builder = self.selector_bytes // 16, self.builder
+        if size in (1, 2):
+            return builder.zext(load(builder, at, vector("i8" if size == 1 else "i16", 16)), vector("i32", 16))
+        if size == 4:
+            return load(builder, at, vector("i32", 16))
+        data = load(builder, at, vector("i8", 64))  # 48 bytes and 16 of what follows them
+        return builder.bitcast(shuffle(builder, data, [3 * r + min(b, 2) for r in _LANES for b in range(4)]), vector("i32", 16))
+
+    def _index(self, codes, i):
+        """The codes of vector i in the low bits of each byte; what stands above them is not cleared."""
+        builder, index, low, at = self.builder, None, 0, 0
+        for p in self.spec.planes:
+            line = load(builder, builder.add(codes, const_i64(at + i // (8 // p) * 64)), vector("i8", 64))
+            part = self._shift_bits(line, p * (i % (8 // p)) - low)
+            index = part if index is None else self._select(low, index, part)
+            low, at = low + p, at + self.chunk * 2 * p
+        return index
+
+    def _shift_bits(self, value, count):
+        """Bytes shifted right (left if negative); bits that come from a neighbour land where nobody looks."""
+        if not count:
+            return value
+        builder, kind = self.builder, vector("i16", 32)
+        wide, by = builder.bitcast(value, kind), const_vector("i16", 32, abs(count))
+        return builder.bitcast(builder.lshr(wide, by) if count > 0 else builder.shl(wide, by), value.type)
+
+    def _select(self, low, a, b):
+        """The low bits of each byte from a, the others from b."""
+        builder, mask = self.builder, (1 << low) - 1
+        a = builder.and_(a, const_vector("i8", 64, mask))
+        return builder.or_(a, builder.and_(b, const_vector("i8", 64, 255 - mask)))
+
+    def _lookup_all(self, index, selectors, i):
+        """AVX-512 VBMI: the selector joins the code, and one permutation of bytes reads the whole table."""
+        builder, spec, kind = self.builder, self.spec, vector("i8", 64)
+        if spec.per:
+            first = spec.selector_bits * (4 * i // spec.per) - spec.bits  # which bits of each lane become bits 0..7 of its bytes
+            control = [(first + 32 * (b // 4)) % 64 for b in range(8)] * 8
+            picked = call(
+                builder, "llvm.x86.avx512.pmultishift.qb.512", kind, const_vector("i8", 64, control), builder.bitcast(selectors, kind)
+            )
+            index = self._select(spec.bits, index, picked)
+        data = (table(self.name).view(np.uint8) ^ 128).ravel()
+        whole = np.resize(data, 64 if data.size <= 64 else 128).tolist()  # repeated: bits above the index do not matter
+        if len(whole) == 64:
+            return call(builder, "llvm.x86.avx512.permvar.qi.512", kind, const_vector("i8", 64, whole), index)
+        low, high = (const_vector("i8", 64, part) for part in (whole[:64], whole[64:]))
+        return call(builder, "llvm.x86.avx512.vpermi2var.qi.512", kind, low, index, high)
+
+    def _multiply(self, index, selectors, i):
+        builder, spec = self.builder, self.spec
+        code = builder.and_(index, const_vector("i8", 64, (1 << spec.bits) - 1))
+        value = self._lookup(spec.values, code)
+        if spec.per:
+            lane = builder.lshr(selectors, const_vector("i32", 16, spec.selector_bits * (4 * i // spec.per)))
+            which = builder.and_(builder.bitcast(lane, vector("i8", 64)), const_vector("i8", 64, (1 << spec.selector_bits) - 1))
+            which = shuffle(builder, which, [b // 4 * 4 for b in range(64)])
+            value = builder.mul(value, self._lookup(spec.multipliers, which))
+        return builder.xor(value, const_vector("i8", 64, 128))
+
+    def _lookup(self, entries, index):
+        """entries[index] of up to 64 entries, 16 at a time."""
+        builder, found = self.builder, None
+        for first in range(0, len(entries), 16):
+            part = _lookup_16(builder, list(entries[first : first + 16]), index)
+            if found is None:
+                found = part
+            else:
+                found = builder.select(builder.icmp_unsigned("<", index, const_vector("i8", 64, first)), found, part)
+        return found
+
+
+def _lookup_16(builder, entries, index):
+    """entries[index % 16]: index below 128."""
+    entries = [e % 256 for e in entries + [0] * (16 - len(entries))]
+    form = cpu.form()
+    if form == "avx512vnni":
+        return call(builder, "llvm.x86.avx512.pshuf.b.512", index.type, const_vector("i8", 64, entries * 4), index)
+    if form in ("avxvnni", "avx2"):
+        return _by_parts(builder, index, 32, lambda part: call(builder, "llvm.x86.avx2.pshuf.b", part.type, const_vector("i8", 32, entries * 2), part))
+    if form == "neon":
+        low = builder.and_(index, const_vector("i8", 64, 15))
+        name = "llvm.aarch64.neon.tbl1.v16i8"
+        return _by_parts(builder, low, 16, lambda part: call(builder, name, part.type, const_vector("i8", 16, entries), part))
+    low, found = builder.and_(index, const_vector("i8", 64, 15)), const_vector("i8", 64, entries[0])
+    for i in range(1, 16):
+        same = builder.icmp_unsigned("==", low, const_vector("i8", 64, i))
+        found = builder.select(same, const_vector("i8", 64, entries[i]), found)
+    return found
+
+
+def _by_parts(builder, value, lanes, part):
+    """Apply an operation of narrower registers to each slice of a vector of 64 bytes."""
+    parts = [part(shuffle(builder, value, range(at, at + lanes))) for at in range(0, 64, lanes)]
+    while len(parts) > 1:
+        mask = const_vector("i32", 2 * parts[0].type.count, list(range(2 * parts[0].type.count)))
+        parts = [builder.shuffle_vector(a, b, mask) for a, b in zip(parts[::2], parts[1::2])]
+    return parts[0]
+
+
+# ---- whole row blocks --------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=None)
+def unpack_block(name, group):
+    """op(w, n_groups, out): a row block as a row block of q8 of the same group, for work that comes over it many times."""
+
+    def emit(builder, w, n_groups, out):
+        source, whole, plain = Unpacker(builder, name, group), span_bytes(name, group), span_bytes("q8", group)
+        with cgutils.for_range(builder, n_groups, intp=scalar("i64")) as groups:
+            span, half = builder.lshr(groups.index, const_i64(1)), builder.and_(groups.index, const_i64(1))
+            at, to = builder.add(w, builder.mul(span, const_i64(whole))), builder.add(out, builder.mul(span, const_i64(plain)))
+            scales = builder.mul(half, const_i64(32))
+            store(builder, load(builder, builder.add(at, scales), vector("i8", 32)), builder.add(to, scales))
+            codes, selectors = (builder.add(at, place) for place in source.places(half))
+            to = builder.add(to, builder.add(const_i64(64), builder.mul(half, const_i64(16 * group))))
+            with cgutils.for_range(builder, const_i64(group // source.chunk), intp=scalar("i64")) as chunks:
+                chunk = source.open(
+                    builder.add(codes, builder.mul(chunks.index, const_i64(source.chunk_bytes))),
+                    builder.add(selectors, builder.mul(chunks.index, const_i64(source.selector_bytes))),
+                )
+                line = builder.add(to, builder.mul(chunks.index, const_i64(64 * source.vectors)))
+                for i in range(source.vectors):
+                    store(builder, source.vector(chunk, i), builder.add(line, const_i64(64 * i)))
+
+    def twin(w, n_groups, out):
+        integers, _ = twin_row_block(name, group, w, n_groups)
+        spans = peek(w, np.uint8, n_groups // 2 * span_bytes(name, group)).reshape(n_groups // 2, -1)
+        lines = integers.reshape(16, n_groups // 2, -1, 4).transpose(1, 2, 0, 3) + 128
+        poke(out, np.concatenate([spans[:, :64], lines.reshape(n_groups // 2, -1).astype(np.uint8)], axis=1))
+
+    return op(void, (i64,) * 3, twin)(emit)
+
+
+def twin_row_block(name, group, address, n_groups):
+    """One row block's integers (16, n_groups, group) as int32 and its scales (16, n_groups) as float32."""
+    spec, count = PACKED[name], n_groups // 2
+    data = peek(address, np.uint8, count * span_bytes(name, group)).reshape(count, -1)
+    scales = data[:, :64].copy().view(np.float16).reshape(n_groups, 16).T.astype(np.float32)
+    chunks = data[:, codes_at(name, group) :].reshape(n_groups * group // spec.chunk, -1)
+    codes = np.zeros((len(chunks), spec.chunk // 4, 16, 4), np.int32)
+    low, at = 0, 0
+    for p in spec.planes:
+        for i in range(spec.chunk // 4):
+            line = chunks[:, at + i // (8 // p) * 64 :][:, :64].reshape(-1, 16, 4)
+            codes[:, i] |= (line.astype(np.int32) >> p * (i % (8 // p)) & (1 << p) - 1) << low
+        low, at = low + p, at + spec.chunk * 2 * p
+    if not spec.values:
+        codes -= 128
+    elif not spec.per:
+        codes = table(name)[0].astype(np.int32)[codes]
+    else:
+        size = spec.selector_bytes(spec.chunk)
+        lanes = data[:, 64 : codes_at(name, group)].reshape(len(chunks), 16, size).astype(np.int64)
+        lanes = (lanes << 8 * np.arange(size)).sum(2)
+        for i in range(spec.chunk // 4):
+            chosen = lanes >> spec.selector_bits * (4 * i // spec.per) & len(spec.multipliers) - 1
+            codes[:, i] = table(name).astype(np.int32)[chosen[:, :, None], codes[:, i]]
+    return codes.transpose(2, 0, 1, 3).reshape(16, n_groups, group), scales
