@@ -125,7 +125,12 @@ def _fill(file, plan: FilePlan, source, rounder: _Rounder, report) -> None:
             continue
         tensor = source.tensor(slot.name)
         try:
-            parts = [_dense_bytes(tensor, slot.format)] if slot.format in DENSE else rounder.pieces(tensor, slot.format, slot.group)
+            if slot.format in DENSE:
+                parts = [_dense_bytes(tensor, slot.format)]
+            elif (tensor.format, tensor.group) == (slot.format, slot.group):  # a source that is packed itself
+                parts = [tensor.data]
+            else:
+                parts = rounder.pieces(tensor, slot.format, slot.group)
             for part in parts:
                 file.write(part)
                 report(part.nbytes, slot.name)

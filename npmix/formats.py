@@ -16,9 +16,9 @@ selector both scales and mirrors the table. All products fit int8, so every kern
 one stream of bytes, span after span:
 
     64 bytes        scales: 16 float16 of the first group (one per row), then 16 of the second
-    selectors       of the first group, then of the second: for each chunk of inputs (`Packed.chunk`) 16 rows x the
-                    chunk's selectors of that row as one little-endian number, the first selector in its lowest bits
-    codes           chunk after chunk; in a chunk one plane of bits after the other (`Packed.planes`, low bits first)
+    selectors       of the first group, then of the second: for each word of 32 or 64 inputs (`Packed.word`) 16 rows x the
+                    word's selectors of that row as one little-endian number, the first selector in its lowest bits
+    codes           by chunks of 32 inputs; in a chunk one plane of bits after the other (`Packed.planes`, low bits first)
 
 A plane of p bits is made of 64-byte lines: row r has bytes 4r..4r+3, each of 8 / p codes. The inputs
 4i..4i+3 of all rows are a vector; a line holds 8 / p vectors, the first in the bytes' lowest bits. So each
@@ -28,6 +28,7 @@ A plane of p bits is made of 64-byte lines: row r has bytes 4r..4r+3, each of 8 
 from dataclasses import dataclass
 
 ROW_BLOCK = 16  # rows of a row block
+CHUNK = 32  # inputs whose codes lie together: whole lines of every plane
 GROUPS = (32, 64, 128)  # inputs that may share a scale
 SHARED = 128  # activations that share a scale, whatever the weights' group: dim 4,096 has 32 scales a token
 EXPERT_UNIT = 256  # rows of w_gate and w_up that one thread takes at a time: whole pairs of groups of w_down's inputs
@@ -66,8 +67,8 @@ class Packed:
         return (len(self.multipliers) - 1).bit_length() if self.per else 0
 
     @property
-    def chunk(self) -> int:
-        """Inputs whose codes lie together: whole lines of every plane, and whole bytes of selectors."""
+    def word(self) -> int:
+        """Inputs whose selectors lie together, in whole bytes."""
         return 64 if self.per and 32 // self.per * self.selector_bits % 8 else 32
 
     @property
@@ -93,7 +94,7 @@ class Packed:
 PACKED = {
     format.name: format
     for format in (
-        Packed("q8", (8,), 64),
+        Packed("q8", (8,), 128),
         Packed("q4", (4,), 128, (-10, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 7, 9, 11), (-5, -4, -3, -2, 2, 3, 4, 5), 8, 0.0578),
         Packed("q3", (2, 1), 128, (-13, -8, -4, -1, 2, 5, 9, 15), (-8, -7, -6, -6, -5, -4, -4, -3, 2, 3, 4, 5, 5, 6, 7, 8), 16, 0.0248),
     )

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from llamacpp_peer import PeerError, Settings, Work, best_settings, make_peer, write_gguf  # noqa: E402
-from make_checkpoint import MIXTRAL, RandomSource, make_config  # noqa: E402
+from make_checkpoint import MIXTRAL, PackedSource, make_config  # noqa: E402
 
 from npmix.benchmark import attention_operations, decode_bytes, machine, prefill_operations, prompt_bytes, token_ids  # noqa: E402
 from npmix.convert import convert  # noqa: E402
@@ -161,7 +161,7 @@ class Comparison:
         config = make_config(layers=layers, **self.sizes)
         if not (path / "npmix.json").exists():
             say(f"making {path}")
-            convert(RandomSource(config), path, "q4", uniform=kind == "uniform")
+            convert(PackedSource(config, "q4", kind == "uniform"), path, "q4", uniform=kind == "uniform")
         with open_store(path) as store:
             if store.config != config:
                 raise SystemExit(f"{path} was made with other sizes: remove it or choose another --work")

@@ -26,11 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from npmix.checkpoint.names import huggingface_places  # noqa: E402
 from npmix.config import Config  # noqa: E402
-from npmix.convert import QUANTS, convert  # noqa: E402
+from npmix.convert import QUANTS, convert, make_recipe, round_piece, tensor_formats  # noqa: E402
+from npmix.formats import row_blocks  # noqa: E402
 from npmix.quant.tensor import Tensor  # noqa: E402
 
 SHARD = 4 << 30  # bytes of weights in a file of the Hugging Face folder
 PIECE = 1 << 22
+POOL_ROWS = 2048  # rows of each kind that a packed store draws its own from
 EMBEDDING_STD = 4.0  # of the residual stream; a layer adds about 1, so the current token decides the routing
 MIXTRAL = {
     "layers": 32, "dim": 4096, "hidden": 14336, "heads": 32, "kv_heads": 8, "head_dim": 128, "experts": 8, "active": 2, "vocab": 32000,
@@ -109,6 +111,40 @@ class RandomSource:
 
     def fingerprint(self) -> str:
         return f"random pool, seed {self.seed}, embeddings x {self._factor}"
+
+
+class PackedSource(RandomSource):
+    """Random weights that are packed already: each matrix is drawn from a pool of row blocks that were rounded once.
+
+    So a packed store of any size is made as fast as the disk takes it. Two matrices share row blocks, in another order.
+    """
+
+    def __init__(self, config: Config, quant: str, uniform: bool = False, seed: int = 0, embedding_std: float = EMBEDDING_STD):
+        super().__init__(config, seed, embedding_std, f"random {quant}")
+        self._formats = tensor_formats(config, make_recipe(quant, uniform), lambda name: "bf16")
+        self._pools = {}
+
+    def tensor(self, name: str) -> Tensor:
+        """A norm (ones, f32), a router (bf16) or a packed matrix."""
+        format, group = self._formats[name]
+        if not group:
+            return super().tensor(name)
+        shape = self._shapes[name]
+        pool = self._pool_of(name, shape[1], format, group)
+        order = np.random.default_rng([self.seed, self._number[name]]).integers(len(pool), size=row_blocks(shape[0]))
+        return Tensor(pool[order].reshape(-1), format, shape, group)
+
+    def _pool_of(self, name: str, cols: int, format: str, group: int) -> np.ndarray:
+        """(row blocks, bytes of one)"""
+        scale = self._factor if name == "tok_embeddings" else 1.0
+        key = cols, format, scale
+        if key not in self._pools:
+            weights = Tensor(scaled(self._pool[: POOL_ROWS * cols].reshape(POOL_ROWS, cols), scale), "bf16", (POOL_ROWS, cols))
+            self._pools[key] = round_piece(weights, 0, POOL_ROWS, format, group).reshape(row_blocks(POOL_ROWS), -1)
+        return self._pools[key]
+
+    def fingerprint(self) -> str:
+        return f"{super().fingerprint()}, {POOL_ROWS} rows of each kind"
 
 
 # ---- a Hugging Face folder ---------------------------------------------------------------------------
@@ -237,10 +273,10 @@ def main(argv=None) -> None:
     args = arguments().parse_args(argv)
     config = make_config(**{name: getattr(args, name) for name in MIXTRAL})
     began = time.perf_counter()
-    source = RandomSource(config, args.seed, args.embedding_std)
     if args.hf:
-        write_huggingface(source, args.out)
+        write_huggingface(source := RandomSource(config, args.seed, args.embedding_std), args.out)
     else:
+        source = PackedSource(config, args.quant, args.uniform, args.seed, args.embedding_std)
         convert(source, args.out, args.quant, uniform=args.uniform, force=args.force, progress=_progress)
     del source
     seconds, size = time.perf_counter() - began, sum(file.stat().st_size for file in args.out.iterdir())

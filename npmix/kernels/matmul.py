@@ -46,9 +46,9 @@ def panel_bytes(cols, group):
 
 
 @functools.lru_cache(maxsize=None)
-def _tall(name, group):
-    """A kernel for one tile of 2 to HEIGHT tokens."""
-    t2, t3, t4, t5, t6 = [packed_tile(name, group, BLOCKS, min(h, HEIGHT)) for h in range(2, 7)]
+def _tall(name, group, least):
+    """A kernel for one tile of `least` to HEIGHT tokens, 2 or more."""
+    t2, t3, t4, t5, t6 = [packed_tile(name, group, BLOCKS, min(max(h, least), HEIGHT)) for h in range(2, 7)]
 
     @njit
     def tall(h, w, block_bytes, n_groups, acts, out, out_bytes, next_block):
@@ -88,8 +88,8 @@ def _few(name, group, most):
 
 def _packed(name, group):
     most = FEW if PACKED[name].bits < 8 else 1  # 8 bits are held by memory before it pays, and every tile takes time to compile
-    one, few = packed_tile(name, group, 1, 1), _few(name, group, most)
-    tall, tall_plain, unpack = _tall(name, group), _tall("q8", group), unpack_block(name, group)
+    few, tall = _few(name, group, most), _tall(name, group, 3 if most == 3 else 2)  # 7 tokens are 3 + 4
+    tall_plain, unpack = _tall("q8", group, 2), unpack_block(name, group)
     whole, plain, panels = span_bytes(name, group), span_bytes("q8", group), name != "q8"
 
     @njit
@@ -108,15 +108,13 @@ def _packed(name, group):
             rest = last - (last - first) % SINGLE
             for block in range(first, rest, SINGLE):
                 few(tokens, w + block * block_bytes, block_bytes, n_groups, acts, out + 64 * block, out_bytes, 64)
-            first = rest
-        if tokens == 1:
-            for block in range(first, last):
-                one(w + block * block_bytes, block_bytes, n_groups, acts, out + 64 * block, out_bytes, 64)
+            for block in range(rest, last):  # the last few one by one, each done SINGLE times
+                few(tokens, w + block * block_bytes, 0, n_groups, acts, out + 64 * block, out_bytes, 0)
             return
         token_bytes, plain_bytes = act_bytes(cols, group), n_groups // 2 * plain
         for block in range(first, last, BLOCKS):
             both, at, y = block + BLOCKS <= last, w + block * block_bytes, out + 64 * block  # an odd last block is paired with itself
-            if panels and tokens > HEIGHT:
+            if panels and tokens > 2 * HEIGHT:  # fewer tiles are done before a panel would be
                 for i in range(min(BLOCKS, last - block)):
                     unpack(at + i * block_bytes, n_groups, panel + i * plain_bytes)
                 tiles_over(tall_plain, panel, plain_bytes if both else 0, n_groups, acts, token_bytes, tokens, y, out_bytes, 64 if both else 0)

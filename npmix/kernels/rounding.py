@@ -9,7 +9,7 @@ import functools
 
 import numpy as np
 
-from ..formats import PACKED, RATIOS, REFITS, codes_at, row_blocks, span_bytes, spans
+from ..formats import CHUNK, PACKED, RATIOS, REFITS, codes_at, row_blocks, span_bytes, spans
 from ._jit import njit
 from .ops import (
     absolute,
@@ -96,7 +96,7 @@ def pack_chunk(name):
 
     def emit(b, codes, out):
         lanes = []
-        for i in range(spec.chunk // 4):  # 4 inputs a lane, a byte each
+        for i in range(CHUNK // 4):  # 4 inputs a lane, a byte each
             four = [b.fptosi(load(b, b.add(codes, const_i64(64 * (4 * i + j))), vector("f32", 16)), vector("i32", 16)) for j in range(4)]
             for j in (1, 2, 3):
                 four[0] = b.or_(four[0], b.shl(four[j], const_vector("i32", 16, 8 * j)))
@@ -114,7 +114,7 @@ def pack_chunk(name):
             low += p
 
     def twin(codes, out):
-        given = peek(codes, np.float32, 16 * spec.chunk).astype(np.uint8).reshape(-1, 4, 16).transpose(0, 2, 1)
+        given = peek(codes, np.float32, 16 * CHUNK).astype(np.uint8).reshape(-1, 4, 16).transpose(0, 2, 1)
         low, lines = 0, []
         for p in spec.planes:
             part = (given >> low & (1 << p) - 1).reshape(-1, 8 // p, 64)
@@ -127,9 +127,9 @@ def pack_chunk(name):
 
 @functools.lru_cache(maxsize=None)
 def pack_selectors(name):
-    """op(selectors, out): a chunk's selectors, float32 in vectors of 16 rows, as one number a row."""
+    """op(selectors, out): a word's selectors, float32 in vectors of 16 rows, as one number a row."""
     spec = PACKED[name]
-    count, size = spec.chunk // spec.per, spec.selector_bytes(spec.chunk)
+    count, size = spec.word // spec.per, spec.selector_bytes(spec.word)
 
     def emit(b, selectors, out):
         lane = const_vector("i32", 16, 0)
@@ -300,17 +300,17 @@ def _row_blocks_kernel(name):
     """An entry (w, rows, cols, group, importance, limit, out, scratch): 0, 1 (not finite) or 2 (too large)."""
     spec, round_group, write_codes = PACKED[name], _rounder(name), pack_chunk(name)
     write_selectors = pack_selectors(name) if spec.per else write_codes
-    chunk, per, bits, selector_bytes = spec.chunk, spec.per, spec.bits, 16 * spec.selector_bytes(spec.chunk)
+    per, bits, word, selector_bytes = spec.per, spec.bits, spec.word, 16 * spec.selector_bytes(spec.word)
 
     @njit
     def write(group, which, first_codes, span, scratch):
         scale = load_f32(scratch + _SCALE)
         store_f16(span + 32 * which, where_greater(load_f32(scratch + _LARGEST), splat_f32(_ZERO), scale, splat_f32(_ZERO)))
-        for i in range(group // chunk):
-            place = which * (group // chunk) + i
-            write_codes(scratch + _CODES + 64 * chunk * i, span + first_codes + place * chunk * 2 * bits)
-            if per:
-                write_selectors(scratch + _SELECTORS + 64 * (chunk // per) * i, span + 64 + place * selector_bytes)
+        for i in range(group // CHUNK):
+            write_codes(scratch + _CODES + 64 * CHUNK * i, span + first_codes + (which * group + CHUNK * i) * 2 * bits)
+        if per:
+            for i in range(group // word):
+                write_selectors(scratch + _SELECTORS + 64 * (word // per) * i, span + 64 + (which * (group // word) + i) * selector_bytes)
 
     @njit(entry=name)
     def round_row_blocks(w, rows, cols, group, importance, limit, first_codes, span_size, out, scratch):

@@ -23,7 +23,7 @@ import functools
 import numpy as np
 from numba.core import cgutils
 
-from ..formats import SHARED, span_bytes
+from ..formats import CHUNK, SHARED, span_bytes
 from . import cpu
 from .dot import emit_dot4, emit_dot_start, emit_splat4
 from .simd import (
@@ -87,9 +87,9 @@ class _PackedLoops:
         self.cells = [(r, t) for r in range(blocks) for t in range(height)]
         self.source, self.run_groups = Unpacker(builder, name, group), SHARED // group
         self.chains = max(1, min(4, 8 // len(self.cells)))  # few cells: split sums, or the dot's latency shows
-        self.chunks = group // self.source.chunk
+        self.chunks = group // CHUNK
         self.unroll = self.chunks  # chunks written out one after the other
-        while self.unroll > 1 and self.unroll * self.source.vectors * len(self.cells) > UNROLLED:
+        while self.unroll > 1 and self.unroll * (CHUNK // 4) * len(self.cells) > UNROLLED:
             self.unroll //= 2
 
         self.scales = builder.add(acts, builder.mul(n_groups, const_i64(group * height)))
@@ -170,15 +170,14 @@ class _PackedLoops:
     def chunk(self, places, inputs, index):
         """One chunk of each row block against its inputs of every token."""
         builder, source = self.builder, self.source
-        codes = builder.add(places[0], builder.mul(index, const_i64(source.chunk_bytes)))
-        selectors = builder.add(places[1], builder.mul(index, const_i64(source.selector_bytes)))
-        inputs = builder.add(inputs, builder.mul(index, const_i64(source.chunk * self.height)))
+        inputs = builder.add(inputs, builder.mul(index, const_i64(CHUNK * self.height)))
         if self.height == 1 and AHEAD:
             for b in self.rows:
+                at = builder.add(builder.add(b, places[0]), builder.mul(index, const_i64(source.chunk_bytes)))
                 for line in range(0, source.chunk_bytes, 64):
-                    prefetch(builder, builder.add(builder.add(b, codes), const_i64(AHEAD + line)))
-        chunks = [source.open(builder.add(b, codes), builder.add(b, selectors)) for b in self.rows]
-        for i in range(source.vectors):
+                    prefetch(builder, builder.add(at, const_i64(AHEAD + line)))
+        chunks = [source.open(builder.add(b, places[0]), builder.add(b, places[1]), index) for b in self.rows]
+        for i in range(CHUNK // 4):
             vectors = [source.vector(chunk, i) for chunk in chunks]
             for t in range(self.height):
                 x = emit_splat4(builder, builder.add(inputs, const_i64(4 * (i * self.height + t))))

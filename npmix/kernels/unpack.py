@@ -11,11 +11,9 @@ import functools
 import numpy as np
 from numba.core import cgutils
 
-from ..formats import PACKED, codes_at, span_bytes
+from ..formats import CHUNK, PACKED, codes_at, span_bytes
 from . import cpu
-from .simd import call, const_i64, const_vector, i64, load, op, peek, poke, scalar, shuffle, store, vector, void
-
-_LANES = list(range(16))
+from .simd import call, const_i64, const_vector, i64, load, op, peek, poke, scalar, shuffle, splat, store, vector, void
 
 
 @functools.lru_cache(maxsize=None)
@@ -30,23 +28,19 @@ class Unpacker:
 
     def __init__(self, builder, name, group):
         self.builder, self.name, self.spec, self.group = builder, name, PACKED[name], group
-        self.chunk = self.spec.chunk
-        self.vectors = self.chunk // 4
-        self.chunk_bytes = self.chunk * 2 * self.spec.bits
-        self.selector_bytes = 16 * self.spec.selector_bytes(self.chunk)
+        self.chunk_bytes = CHUNK * 2 * self.spec.bits
         self._vbmi = bool(self.spec.values) and cpu.looks_up_bytes()
 
     def places(self, half):
         """Offsets in a span of the first chunk's codes and selectors of group `half` (i64, 0 or 1)."""
-        chunks, builder = self.group // self.chunk, self.builder
-        codes = builder.add(const_i64(codes_at(self.name, self.group)), builder.mul(half, const_i64(chunks * self.chunk_bytes)))
-        return codes, builder.add(const_i64(64), builder.mul(half, const_i64(chunks * self.selector_bytes)))
+        builder, spec = self.builder, self.spec
+        codes = builder.add(const_i64(codes_at(self.name, self.group)), builder.mul(half, const_i64(self.group * 2 * spec.bits)))
+        return codes, builder.add(const_i64(64), builder.mul(half, const_i64(16 * spec.selector_bytes(self.group))))
 
-    def open(self, codes, selectors):
-        """A chunk at the address of its codes and of its selectors: vector i of it comes from `vector`."""
-        if not self.spec.per:
-            return codes, None
-        return codes, self._load_selectors(selectors)
+    def open(self, codes, selectors, index):
+        """Chunk `index` of the group whose codes and selectors lie there: vector i of it comes from `vector`."""
+        codes = self.builder.add(codes, self.builder.mul(index, const_i64(self.chunk_bytes)))
+        return codes, self._load_selectors(selectors, index) if self.spec.per else None
 
     def vector(self, chunk, i):
         """Inputs 4i..4i+3 of the chunk's 16 rows: <64 x i8>, int8 + 128."""
@@ -56,15 +50,22 @@ class Unpacker:
         index = self._index(codes, i)
         return self._lookup_all(index, selectors, i) if self._vbmi else self._multiply(index, selectors, i)
 
-    def _load_selectors(self, at):
-        """Each row's selectors of the chunk as a 32-bit lane."""
-        size, builder = self.selector_bytes // 16, self.builder
+    def _load_selectors(self, at, index):
+        """Each row's selectors of the chunk in the low bits of a 32-bit lane."""
+        builder, spec = self.builder, self.spec
+        size, chunks = spec.selector_bytes(spec.word), spec.word // CHUNK
+        at = builder.add(at, builder.mul(builder.udiv(index, const_i64(chunks)), const_i64(16 * size)))
         if size in (1, 2):
-            return builder.zext(load(builder, at, vector("i8" if size == 1 else "i16", 16)), vector("i32", 16))
-        if size == 4:
-            return load(builder, at, vector("i32", 16))
-        data = load(builder, at, vector("i8", 64))  # 48 bytes and 16 of what follows them
-        return builder.bitcast(shuffle(builder, data, [3 * r + min(b, 2) for r in _LANES for b in range(4)]), vector("i32", 16))
+            lanes = builder.zext(load(builder, at, vector("i8" if size == 1 else "i16", 16)), vector("i32", 16))
+        elif size == 4:
+            lanes = load(builder, at, vector("i32", 16))
+        else:
+            data = load(builder, at, vector("i8", 64))  # 48 bytes and 16 of what follows them
+            lanes = builder.bitcast(shuffle(builder, data, [3 * r + min(b, 2) for r in range(16) for b in range(4)]), vector("i32", 16))
+        if chunks == 1:
+            return lanes
+        used = builder.mul(builder.urem(index, const_i64(chunks)), const_i64(CHUNK // spec.per * spec.selector_bits))
+        return builder.lshr(lanes, splat(builder, builder.trunc(used, scalar("i32"))))
 
     def _index(self, codes, i):
         """The codes of vector i in the low bits of each byte; what stands above them is not cleared."""
@@ -73,7 +74,7 @@ class Unpacker:
             line = load(builder, builder.add(codes, const_i64(at + i // (8 // p) * 64)), vector("i8", 64))
             part = self._shift_bits(line, p * (i % (8 // p)) - low)
             index = part if index is None else self._select(low, index, part)
-            low, at = low + p, at + self.chunk * 2 * p
+            low, at = low + p, at + CHUNK * 2 * p
         return index
 
     def _shift_bits(self, value, count):
@@ -174,13 +175,10 @@ def unpack_block(name, group):
             store(builder, load(builder, builder.add(at, scales), vector("i8", 32)), builder.add(to, scales))
             codes, selectors = (builder.add(at, place) for place in source.places(half))
             to = builder.add(to, builder.add(const_i64(64), builder.mul(half, const_i64(16 * group))))
-            with cgutils.for_range(builder, const_i64(group // source.chunk), intp=scalar("i64")) as chunks:
-                chunk = source.open(
-                    builder.add(codes, builder.mul(chunks.index, const_i64(source.chunk_bytes))),
-                    builder.add(selectors, builder.mul(chunks.index, const_i64(source.selector_bytes))),
-                )
-                line = builder.add(to, builder.mul(chunks.index, const_i64(64 * source.vectors)))
-                for i in range(source.vectors):
+            with cgutils.for_range(builder, const_i64(group // CHUNK), intp=scalar("i64")) as chunks:
+                chunk = source.open(codes, selectors, chunks.index)
+                line = builder.add(to, builder.mul(chunks.index, const_i64(16 * CHUNK)))
+                for i in range(CHUNK // 4):
                     store(builder, source.vector(chunk, i), builder.add(line, const_i64(64 * i)))
 
     def twin(w, n_groups, out):
@@ -197,23 +195,24 @@ def twin_row_block(name, group, address, n_groups):
     spec, count = PACKED[name], n_groups // 2
     data = peek(address, np.uint8, count * span_bytes(name, group)).reshape(count, -1)
     scales = data[:, :64].copy().view(np.float16).reshape(n_groups, 16).T.astype(np.float32)
-    chunks = data[:, codes_at(name, group) :].reshape(n_groups * group // spec.chunk, -1)
-    codes = np.zeros((len(chunks), spec.chunk // 4, 16, 4), np.int32)
+    chunks = data[:, codes_at(name, group) :].reshape(n_groups * group // CHUNK, -1)
+    codes = np.zeros((len(chunks), CHUNK // 4, 16, 4), np.int32)
     low, at = 0, 0
     for p in spec.planes:
-        for i in range(spec.chunk // 4):
+        for i in range(CHUNK // 4):
             line = chunks[:, at + i // (8 // p) * 64 :][:, :64].reshape(-1, 16, 4)
             codes[:, i] |= (line.astype(np.int32) >> p * (i % (8 // p)) & (1 << p) - 1) << low
-        low, at = low + p, at + spec.chunk * 2 * p
+        low, at = low + p, at + CHUNK * 2 * p
     if not spec.values:
         codes -= 128
     elif not spec.per:
         codes = table(name)[0].astype(np.int32)[codes]
     else:
-        size = spec.selector_bytes(spec.chunk)
-        lanes = data[:, 64 : codes_at(name, group)].reshape(len(chunks), 16, size).astype(np.int64)
-        lanes = (lanes << 8 * np.arange(size)).sum(2)
-        for i in range(spec.chunk // 4):
-            chosen = lanes >> spec.selector_bits * (4 * i // spec.per) & len(spec.multipliers) - 1
+        size = spec.selector_bytes(spec.word)
+        words = data[:, 64 : codes_at(name, group)].reshape(-1, 16, size).astype(np.int64)
+        words = (words << 8 * np.arange(size)).sum(2)
+        codes = codes.reshape(len(words), spec.word // 4, 16, 4)
+        for i in range(spec.word // 4):
+            chosen = words >> spec.selector_bits * (4 * i // spec.per) & len(spec.multipliers) - 1
             codes[:, i] = table(name).astype(np.int32)[chosen[:, :, None], codes[:, i]]
-    return codes.transpose(2, 0, 1, 3).reshape(16, n_groups, group), scales
+    return codes.reshape(-1, CHUNK // 4, 16, 4).transpose(2, 0, 1, 3).reshape(16, n_groups, group), scales

@@ -6,7 +6,7 @@ padding and add exact zeros.
 
 import numpy as np
 
-from ..formats import DENSE, PACKED, ROW_BLOCK, codes_at, packed_bytes, row_blocks, span_bytes, spans
+from ..formats import CHUNK, DENSE, PACKED, ROW_BLOCK, codes_at, packed_bytes, row_blocks, span_bytes, spans
 from .tensor import Tensor
 
 
@@ -22,14 +22,14 @@ def pack(codes: np.ndarray, scales: np.ndarray, selectors: np.ndarray, format: s
     by_span = _padded(scales.astype(np.float16), blocks, 2 * per_row, 0).reshape(blocks, ROW_BLOCK, per_row, 2).transpose(0, 2, 3, 1)
     out[:, :, :64] = np.ascontiguousarray(by_span).view(np.uint8).reshape(blocks, per_row, 64)
     if spec.per:
-        chosen = _padded(selectors, blocks, width // spec.per, 0).reshape(blocks, ROW_BLOCK, -1, spec.chunk // spec.per)
+        chosen = _padded(selectors, blocks, width // spec.per, 0).reshape(blocks, ROW_BLOCK, -1, spec.word // spec.per)
         numbers = (chosen.astype("<u4") << spec.selector_bits * np.arange(chosen.shape[3], dtype="<u4")).sum(3, dtype="<u4")
-        # (block, row, chunk, byte) -> (block, span, chunk, row, byte)
-        data = numbers[..., None].view(np.uint8)[..., : spec.selector_bytes(spec.chunk)]
-        data = data.reshape(blocks, ROW_BLOCK, per_row, 2 * group // spec.chunk, -1).transpose(0, 2, 3, 1, 4)
+        # (block, row, word, byte) -> (block, span, chunk, row, byte)
+        data = numbers[..., None].view(np.uint8)[..., : spec.selector_bytes(spec.word)]
+        data = data.reshape(blocks, ROW_BLOCK, per_row, 2 * group // spec.word, -1).transpose(0, 2, 3, 1, 4)
         out[:, :, 64 : codes_at(format, group)] = data.reshape(blocks, per_row, -1)
     # (block, row, span, chunk, vector, 4 inputs) -> (block, span, chunk, vector, row, 4 inputs)
-    vectors = full.reshape(blocks, ROW_BLOCK, per_row, 2 * group // spec.chunk, spec.chunk // 4, 4).transpose(0, 2, 3, 4, 1, 5)
+    vectors = full.reshape(blocks, ROW_BLOCK, per_row, 2 * group // CHUNK, CHUNK // 4, 4).transpose(0, 2, 3, 4, 1, 5)
     planes, low = [], 0
     for p in spec.planes:
         part = (vectors >> low & (1 << p) - 1).reshape(*vectors.shape[:3], -1, 8 // p, 64)
@@ -57,16 +57,16 @@ def unpack(data: np.ndarray, format: str, shape: tuple[int, int], group: int) ->
     scales = by_span.transpose(0, 3, 1, 2).reshape(blocks * ROW_BLOCK, 2 * per_row)
     selectors = np.zeros((rows, 0), np.uint8)
     if spec.per:
-        size = spec.selector_bytes(spec.chunk)
+        size = spec.selector_bytes(spec.word)
         parts = data[:, :, 64 : codes_at(format, group)].reshape(blocks, per_row, -1, ROW_BLOCK, size).astype("<u4")
         numbers = (parts << 8 * np.arange(size, dtype="<u4")).sum(4, dtype="<u4")
-        chosen = numbers[..., None] >> spec.selector_bits * np.arange(spec.chunk // spec.per, dtype="<u4") & len(spec.multipliers) - 1
+        chosen = numbers[..., None] >> spec.selector_bits * np.arange(spec.word // spec.per, dtype="<u4") & len(spec.multipliers) - 1
         chosen = chosen.transpose(0, 3, 1, 2, 4).reshape(blocks * ROW_BLOCK, -1)
         selectors = chosen[:rows, : -(-cols // spec.per)].astype(np.uint8)
-    chunks = data[:, :, codes_at(format, group) :].reshape(blocks, per_row, 2 * group // spec.chunk, -1)
+    chunks = data[:, :, codes_at(format, group) :].reshape(blocks, per_row, 2 * group // CHUNK, -1)
     vectors, low, at = 0, 0, 0
     for p in spec.planes:
-        size = spec.chunk * ROW_BLOCK * p // 8
+        size = CHUNK * ROW_BLOCK * p // 8
         lines = chunks[..., at : at + size].reshape(*chunks.shape[:3], -1, 1, 64)
         part = lines >> p * np.arange(8 // p, dtype=np.uint8)[:, None] & (1 << p) - 1
         vectors = vectors | part.reshape(*chunks.shape[:3], -1, 64) << low
