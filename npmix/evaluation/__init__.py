@@ -11,8 +11,20 @@ log-probabilities on disk, `measure` runs the models.
 """
 
 from .logits_file import LogitsReader, LogitsWriter
-from .measure import evaluate, text_ids
+from .measure import evaluate, run_windows, text_ids
 from .scores import Block, Scores, score
 from .windows import Plan, Window, make_plan
 
-__all__ = ["Block", "LogitsReader", "LogitsWriter", "Plan", "Scores", "Window", "evaluate", "make_plan", "score", "text_ids"]
+__all__ = [
+    "Block",
+    "LogitsReader",
+    "LogitsWriter",
+    "Plan",
+    "Scores",
+    "Window",
+    "evaluate",
+    "make_plan",
+    "run_windows",
+    "score",
+    "text_ids",
+]

@@ -55,7 +55,7 @@ def evaluate(path, text: str, *, context: int = CONTEXT, stride: int | None = No
         elif against_logits is not None:
             base = stack.enter_context(LogitsReader(against_logits, plan, vocab_size))
         writer = stack.enter_context(LogitsWriter(save_logits, plan, vocab_size, str(path))) if save_logits is not None else None
-        scores = _run(plan, engine, base, writer, on_progress)
+        scores = run_windows(plan, engine, base, writer, on_progress)
         if writer:
             writer.finish()
         found = _about(engine, plan, limit, against, against_logits, base)
@@ -88,8 +88,12 @@ def _check_base(base: Engine, engine: Engine, ids: list[int], text: str) -> None
         raise InputError(f"{base.source.path} and {engine.source.path} cut the text into different tokens: they cannot be compared")
 
 
-def _run(plan: Plan, engine: Engine, base: Engine | LogitsReader | None, writer: LogitsWriter | None, on_progress) -> Scores:
-    """Every window through the model, and through the base beside it."""
+def run_windows(plan: Plan, engine: Engine, base: Engine | LogitsReader | None = None, writer=None, on_progress=None) -> Scores:
+    """Every window through the model, and through the base beside it: for who wants the numbers of each position.
+
+    base: an engine of its own, or a reader of saved log-probabilities. writer: a LogitsWriter that gets the model's; it is
+    left to the caller to finish. on_progress as in `evaluate`. Both engines need a context of plan.context positions.
+    """
     scores, most = Scores(), max(1, min(64, NUMBERS // engine.config.vocab_size))
     engines = 2 if isinstance(base, Engine) else 1
     progress = _Progress(on_progress, engines * sum(w.fed for w in plan.windows))

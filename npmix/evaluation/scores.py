@@ -51,7 +51,7 @@ def mean(values: np.ndarray) -> tuple[float, float | None]:
 
 @dataclass
 class Scores:
-    """What is kept of every scored position: four numbers and a weight."""
+    """What is kept of every scored position: four numbers and a weight, as lists of arrays; `column` joins one."""
 
     guide_weight: list = field(default_factory=list)
     nll: list = field(default_factory=list)
@@ -68,16 +68,20 @@ class Scores:
             self.kl.append(divergences(base, model))
             self.same.append(base.top == model.top)
 
+    def column(self, name: str) -> np.ndarray:
+        """The "nll", "base_nll", "kl" (nats), "same" (bool) or "guide_weight" of all positions in the order of the text."""
+        return np.concatenate(getattr(self, name))
+
     def figures(self, strided: bool) -> dict:
         """All of them, as `evaluate` tells."""
-        nll = np.concatenate(self.nll)
+        nll = self.column("nll")
         found = {"scored": len(nll), **_perplexity("perplexity", "log_perplexity", *mean(nll))}
         if strided:
-            weights = np.concatenate(self.guide_weight)
+            weights = self.column("guide_weight")
             found["guide_perplexity"] = _power(float((weights * nll).sum() / weights.sum())) if weights.any() else None
         if not self.base_nll:
             return found
-        base, kl, same = np.concatenate(self.base_nll), np.concatenate(self.kl), np.concatenate(self.same)
+        base, kl, same = map(self.column, ("base_nll", "kl", "same"))
         found["base"] = _perplexity("perplexity", "log_perplexity", *mean(base))
         # paired: the error of the mean difference is sqrt(var + var - 2 cov)
         found |= _perplexity("perplexity_ratio", "log_perplexity_ratio", *mean(nll - base))

@@ -55,7 +55,8 @@ def make_plan(ids: list[int], context: int, stride: int | None, bos_id: int | No
     """Windows of at most `context` tokens over a text that begins with its bos id; limit: the first so many of them.
 
     stride None: llama.cpp's perplexity tool (tools/perplexity). Windows side by side, what is left at the end is dropped;
-    each begins with bos_id in place of its own first token, and positions context // 2 .. context - 2 are scored.
+    each begins with bos_id in place of its own first token, and positions context // 2 .. context - 2 are scored. (That tool
+    also wants a text of two windows, where one is enough here, and its -f drops a file's last line break.)
 
     stride 1 to context: Hugging Face's guide "Perplexity of fixed-length models". A window begins every `stride` tokens
     and scores what no window before it has reached; no token is replaced. By the guide's formula every scored token counts

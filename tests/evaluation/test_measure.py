@@ -118,6 +118,25 @@ def test_saved_logits(folder, near, tmp_path, options, monkeypatch):
 
 
 @pytest.mark.compiled
+def test_numbers_of_each_position(folder, near, ids, tmp_path, live):
+    """run_windows gives every position's numbers, also against a file written from another program's logits."""
+    from npmix.evaluation import LogitsReader, LogitsWriter, make_plan, run_windows, score
+
+    plan = make_plan(ids, CONTEXT, None, 1)
+    (logs, targets), per_window = plain_windows(folder, ids), CONTEXT - 1 - CONTEXT // 2
+    with LogitsWriter(tmp_path / "f", plan, 384, "another program") as writer:
+        for at in range(0, len(targets), per_window):
+            writer.add(score(logs[at : at + per_window].astype(np.float32), targets[at : at + per_window]))
+            writer.end_window()
+        writer.finish()
+    with Engine(near, kv="f32", threads=1) as engine, LogitsReader(tmp_path / "f", plan, 384) as base:
+        scores = run_windows(plan, engine, base)
+    assert np.allclose(scores.column("base_nll"), -logs[np.arange(len(targets)), targets].astype(np.float64), atol=1e-5)
+    assert len(scores.column("kl")) == len(scores.column("same")) == live["scored"] and scores.column("kl").min() >= 0
+    assert math.isclose(scores.column("kl").mean(), live["kl"]["mean"]["value"], rel_tol=1e-3)
+
+
+@pytest.mark.compiled
 @pytest.mark.parametrize("text, options, said", [
     (TEXT + " ", {}, "tokens"), (TEXT.replace("fib", "fab"), {}, "sha256|tokens"), (TEXT, {"context": 16}, "context 20, expected 16"),
     (TEXT, {"stride": 10}, "stride None, expected 10"), (TEXT, {"limit": 3}, "2 windows, expected 3"),
