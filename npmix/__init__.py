@@ -6,9 +6,9 @@ One hard fact: importing this loads neither numba, sentencepiece nor safetensors
 from importlib import import_module
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "Model", "NpmixError", "__version__", "errors", "load"]
+__all__ = ["Engine", "Model", "NpmixError", "__version__", "errors", "evaluate", "load"]
 
-_WHERE = {"Engine": "engine", "Model": "generate", "NpmixError": "errors", "load": "generate"}
+_WHERE = {"Engine": "engine", "Model": "generate", "NpmixError": "errors", "evaluate": "evaluation", "load": "generate"}
 
 
 def __getattr__(name: str):

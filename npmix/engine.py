@@ -125,6 +125,28 @@ class Engine:
                 rows[at : at + len(piece)] = self._forward.prefill(piece, at, "all")
             return rows
 
+    def logit_blocks(self, ids, first: int = 0, most: int = 64, on_progress=None):
+        """Float32 logits (at most `most`, V) of the tokens first.. of a whole sequence, block after block, from an empty cache.
+
+        For sequences whose (T, V) logits are too much to keep. The engine is at work until the last block was taken or
+        the iterator is closed; the cache is empty afterwards. on_progress as in `prefill`. Errors as `logits`.
+        """
+        with self._at_work():
+            ids = self._checked(ids)
+            self._room(len(ids), 0)
+            if type(first) is not int or not 0 <= first < len(ids):
+                raise InputError(f"first is {first!r}, expected a position of the sequence, 0 to {len(ids) - 1}")
+            _whole("most", most, MAX_CHUNK)
+            self.position = self._written = 0
+            for at in range(0, len(ids), self.chunk):
+                piece = ids[at : at + self.chunk]
+                wanted = "later" if at + len(piece) > first else "none"
+                self._forward.prefill(piece, at, wanted, _reporter(on_progress, at, len(piece), len(ids), self.config.n_layers))
+                for row in range(max(first - at, 0), len(piece), most):
+                    self._usable()
+                    yield self._forward.head(row, min(most, len(piece) - row), at + row)
+            self._warn_if_saturated()
+
     def reset(self, position: int = 0) -> None:
         """Keep the first `position` tokens and forget the rest; a sliding window that has moved on can only be emptied."""
         self._usable()

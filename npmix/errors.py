@@ -37,6 +37,10 @@ class ContextError(InputError):
     """More positions were asked for than the KV cache holds."""
 
 
+class LogitsFileError(NpmixError):
+    """A file of saved log-probabilities is missing, damaged, or of another text, vocabulary or setting."""
+
+
 class EngineError(NpmixError):
     """The engine cannot run now: closed, busy in this thread, or used after a fork."""
 

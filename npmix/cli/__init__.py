@@ -22,6 +22,7 @@ COMMANDS = {
     "verify": ("convert", "verify", "Check a packed store against its digests."),
     "info": ("info", "info", "Show a model's config, weights by kind and sizes."),
     "warmup": ("warmup", "warmup", "Compile the kernels ahead of the first run."),
+    "evaluate": ("evaluate", "evaluate", "Measure perplexity on a text, and the divergence from a base model."),
     "bench": ("bench", "bench", "Measure start, prefill and decode against the machine's ceilings."),
 }
 CLOSED_PIPE = 141  # 128 + SIGPIPE, as a shell reports it

@@ -58,10 +58,13 @@ def duration(seconds: float) -> str:
 
 
 class ProgressBar:
-    """Bytes done of bytes in all, bytes per second, time left. On a terminal a bar, else a line every ten seconds."""
+    """Bytes done of bytes in all, bytes per second, time left. On a terminal a bar, else a line every ten seconds.
 
-    def __init__(self, quiet: bool = False, clock=time.monotonic, stream=None):
-        self._clock, self._stream, self._quiet = clock, stream or sys.stderr, quiet
+    amount: how a number of what is counted is written, if not bytes.
+    """
+
+    def __init__(self, quiet: bool = False, clock=time.monotonic, stream=None, amount=size):
+        self._clock, self._stream, self._quiet, self._amount = clock, stream or sys.stderr, quiet, amount
         self._live = self._stream.isatty()
         self._started = clock()
         self._first = None  # bytes done when first told: a resumed run starts with some
@@ -69,8 +72,8 @@ class ProgressBar:
         self._shown = -1e9
         self._drawn = False
 
-    def update(self, done: int, total: int) -> None:
-        """Call with the bytes finished so far, as often as you like."""
+    def update(self, done: int, total: int, note: str = "") -> None:
+        """Call with the bytes finished so far, as often as you like. note: what else to show."""
         now = self._clock()
         if self._first is None or done < self._last:  # the beginning, or of a second pass
             self.finish()
@@ -82,7 +85,7 @@ class ProgressBar:
             self._shown = now  # the first line only after the first interval
             return
         self._shown = now
-        text = self._line(done, total, now - self._started)
+        text = self._line(done, total, now - self._started) + (f"  {note}" if note else "")
         if self._live:
             self._stream.write(f"\r{text}\x1b[K")
             self._drawn = True
@@ -95,7 +98,8 @@ class ProgressBar:
         rate = (done - self._first) / seconds if seconds > 0 else 0.0
         left = duration((total - done) / rate) if rate > 0 else "?"
         bar = "#" * round(24 * share)
-        return f"[{bar:<24}] {100 * share:3.0f} %  {size(done)} of {size(total)}  {size(rate)}/s  {left} left"
+        done, total, rate = self._amount(done), self._amount(total), self._amount(rate)
+        return f"[{bar:<24}] {100 * share:3.0f} %  {done} of {total}  {rate}/s  {left} left"
 
     def finish(self) -> None:
         """End the line that the bar was drawn on."""

@@ -56,27 +56,40 @@ class Forward:
         return row[0, : self.config.vocab_size].copy()
 
     def prefill(self, tokens: np.ndarray, position: int, wanted: str = "last", on_layer=None) -> np.ndarray | None:
-        """One chunk of tokens at `position`.. through all layers; logits of its "last" (1, V), "all" (T, V) or "none" of them."""
+        """One chunk of tokens at `position`.. through all layers; logits of its "last" (1, V), "all" (T, V) or "none" of them.
+
+        "later": none now, but `head` may be asked for any of them until something else is computed.
+        """
         self._begin()
         m, count = self.state.m, len(tokens)
         self.state.array(t.TOKENS)[:count] = tokens
         for layer in range(self.config.n_layers):
             final = layer == self.config.n_layers - 1
-            skip = count - 1 if final and wanted != "all" else 0
+            skip = count - 1 if final and wanted in ("last", "none") else 0  # nothing else: there is room for one more row
             self.state.array(t.COUNTERS)[:] = 0
             self.team.run(self._kernel, PREFILL, m, self.weights.layers, count, position, layer, skip, 0)
             if on_layer:
                 on_layer(layer)
-        if wanted == "none":
+        if wanted in ("none", "later"):
             self._check(None, position, count)
             return None
         first = count - 1 if wanted == "last" else 0
-        rows = np.zeros((count - first, self._width), np.float32)
-        self.state.array(t.COUNTERS)[:] = 0
-        address = rows.__array_interface__["data"][0]
-        self.team.run(self._kernel, HEAD, m, self.weights.layers, first, count - first, address, rows.strides[0], 0)
+        rows = self._head(first, count - first)
         self._check(rows, position, count)
         return rows[:, : self.config.vocab_size]
+
+    def head(self, first: int, count: int, position: int) -> np.ndarray:
+        """Logits (count, V) of rows first.. of the chunk that was prefilled last; `position`: where the first of them stands."""
+        rows = self._head(first, count)
+        self._check(rows, position, count)
+        return rows[:, : self.config.vocab_size]
+
+    def _head(self, first: int, count: int) -> np.ndarray:
+        rows = np.zeros((count, self._width), np.float32)
+        self.state.array(t.COUNTERS)[:] = 0
+        address = rows.__array_interface__["data"][0]
+        self.team.run(self._kernel, HEAD, self.state.m, self.weights.layers, first, count, address, rows.strides[0], 0)
+        return rows
 
     def _check(self, rows: np.ndarray | None, position: int, count: int) -> None:
         """Raise NumericsError when a kernel saw a number that is not finite, or logits are not; what it cached is erased."""
