@@ -58,9 +58,13 @@ def duration(seconds: float) -> str:
 
 
 class ProgressBar:
-    """Bytes done of bytes in all, bytes per second, time left. On a terminal a bar, else a line every ten seconds."""
+    """Bytes done of bytes in all, bytes per second, time left. On a terminal a bar, else a line every ten seconds.
 
-    def __init__(self, quiet: bool = False, clock=time.monotonic, stream=None):
+    amount: writes a number of whatever else is counted.
+    """
+
+    def __init__(self, quiet: bool = False, clock=time.monotonic, stream=None, amount=size):
+        self._amount = amount
         self._clock, self._stream, self._quiet = clock, stream or sys.stderr, quiet
         self._live = self._stream.isatty()
         self._started = clock()
@@ -70,7 +74,7 @@ class ProgressBar:
         self._drawn = False
 
     def update(self, done: int, total: int) -> None:
-        """Call with the bytes finished so far, as often as you like."""
+        """Call with what is finished so far, as often as you like."""
         now = self._clock()
         if self._first is None or done < self._last:  # the beginning, or of a second pass
             self.finish()
@@ -95,7 +99,7 @@ class ProgressBar:
         rate = (done - self._first) / seconds if seconds > 0 else 0.0
         left = duration((total - done) / rate) if rate > 0 else "?"
         bar = "#" * round(24 * share)
-        return f"[{bar:<24}] {100 * share:3.0f} %  {size(done)} of {size(total)}  {size(rate)}/s  {left} left"
+        return f"[{bar:<24}] {100 * share:3.0f} %  {self._amount(done)} of {self._amount(total)}  {self._amount(rate)}/s  {left} left"
 
     def finish(self) -> None:
         """End the line that the bar was drawn on."""
