@@ -28,6 +28,7 @@ class Observer:
         self._squares: dict[str, np.ndarray] = {}
         self._products: dict[str, np.ndarray] = {}
         self._tokens: dict[str, int] = {}
+        self._widths: dict[str, int] = {}
 
     def chunk(self, layer: int, tokens: np.ndarray, position: int, rows: np.ndarray | None) -> np.ndarray:
         """Run a layer over a chunk (`Forward.layer`) and sum its inputs; after the last layer also the output matrix's."""
@@ -45,7 +46,6 @@ class Observer:
             self._add(f"experts.{expert}.w_down", t.OBSERVED_HIDDEN, hidden_width, 0, found, c.hidden_dim, first=begin)
         if layer == c.n_layers - 1:
             self._run(NORM_ROWS, 0, 0, 0, count, 0, 0)
-            self.forward._check(None, position, count)
             self._add("output", t.OBSERVED_NORMED, x_width, 0, count, c.dim)
         return out
 
@@ -53,7 +53,7 @@ class Observer:
         """Sum `count` rows of a buffer, from row `first` on or as `order` numbers them."""
         if name not in self._squares:
             self._squares[name] = np.zeros(-(-width // 16) * 16)
-            self._tokens[name] = 0
+            self._tokens[name], self._widths[name] = 0, width
             if self._moments and moments:
                 blocks, n = -(-width // MOMENT_BLOCK), MOMENT_BLOCK  # behind them: a float32 block a member
                 self._products[name] = np.zeros(blocks * n * n + -(-self.forward.team.size // 2) * n * n)
@@ -70,20 +70,16 @@ class Observer:
         """(means, counts, moments) of a layer by our tensor names, and forget them.
 
         means: float32 (K,), zeros for an expert that no token chose. counts: int64 (E,), the tokens that chose each
-        expert. moments: float32 (blocks, 128, 128), empty unless asked for. Raises NumericsError for sums beyond float32.
+        expert. moments: float32 (blocks, 128, 128), empty unless asked for. Raises NumericsError for means that are not finite.
         """
-        at, c = f"layers.{layer}.", self.config
-        counts = np.array([self._tokens[f"experts.{e}.w_gate"] for e in range(c.n_experts)], np.int64)
-        widths = {"wo": c.n_heads * c.head_dim}
+        at = f"layers.{layer}."
+        counts = np.array([self._tokens[f"experts.{e}.w_gate"] for e in range(self.config.n_experts)], np.int64)
         means, moments = {}, {}
         for name, sums in self._squares.items():
-            full = name if name == "output" else at + name
-            width = c.hidden_dim if name.endswith("w_down") else widths.get(name, c.dim)
-            means[full] = _mean(full, sums[:width], self._tokens[name])
-        for name, sums in self._products.items():
-            full = name if name == "output" else at + name
-            width = c.hidden_dim if name.endswith("w_down") else widths.get(name, c.dim)
-            moments[full] = _mean(full, _whole(sums, width), self._tokens[name])
+            full, width, tokens = name if name == "output" else at + name, self._widths[name], self._tokens[name]
+            means[full] = _mean(full, sums[:width], tokens)
+            if name in self._products:
+                moments[full] = _mean(full, _whole(self._products[name], width), tokens)
         self._squares, self._products, self._tokens = {}, {}, {}
         return means, counts, moments
 
