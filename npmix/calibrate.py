@@ -78,12 +78,16 @@ def calibrate(model, text: str, out, *, tokens=None, window=None, threads=None, 
         if window is not None and window > config.max_positions:
             raise InputError(f"window is {window}, expected at most {config.max_positions} (the model's maximum)")
         window = min(window or DEFAULT_WINDOW, config.max_positions)
+        if window < 2:
+            raise InputError(f"a model of {config.max_positions} position has no windows to calibrate with, expected at least 2")
         ids = windows(Tokenizer.for_model(source.tokenizer_path, config), text, window, tokens)
         if len(ids) < 2:
             raise InputError("the text has no tokens: give a text of at least some thousand words")
         about = {"model": fingerprint(source), "text": hashlib.sha256(ids.tobytes()).hexdigest(), "tokens": len(ids), "window": window}
         _refuse_existing(out, force)
         if moments is not None:
+            if moments.resolve() == out.resolve():
+                raise InputError(f"both files are to be {out}: give the second moments another name")
             _refuse_existing(moments, force or _state(out).exists())  # killed between the two files, it left this one whole
         try:
             lock = out.with_name(out.name + ".lock")

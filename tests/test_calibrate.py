@@ -286,6 +286,8 @@ def test_refusals(model, tmp_path, monkeypatch):
         (InputError, "window", {"window": 513}),
         (InputError, "threads", {"threads": 0}),
         (InputError, "text", {"text": ""}),
+        (InputError, "another name", {"moments": tmp_path / "." / "i"}),
+        (InputError, "2", {"model": tiny_hf(tmp_path / "one", max_position_embeddings=1, **SMALL)}),
         (InputError, "tokenizer", {"model": tiny_hf(tmp_path / "bare", num_hidden_layers=1)}),
     ):
         with pytest.raises(error, match=match) as e:
@@ -294,7 +296,7 @@ def test_refusals(model, tmp_path, monkeypatch):
     monkeypatch.setattr(npmix.calibrate.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1 << 20}))
     with pytest.raises(CalibrationError, match="free"):
         calibrate(model, TEXT, tmp_path / "i")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "there"] and (tmp_path / "there").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "one", "there"] and (tmp_path / "there").read_text() == "mine"
 
 
 @pytest.mark.parametrize("name, match", [("self_attn.o_proj", "layer 0"), ("block_sparse_moe.experts.0.w2", "output")])
