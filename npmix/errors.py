@@ -25,6 +25,10 @@ class ConversionError(NpmixError):
     """A conversion cannot start or cannot go on (space, permission, bad weights)."""
 
 
+class CalibrationError(NpmixError):
+    """A calibration cannot start or go on, or its file is damaged or made for another model."""
+
+
 class TokenizerError(NpmixError):
     """A tokenizer file cannot be read or does not fit the model."""
 

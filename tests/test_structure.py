@@ -17,7 +17,7 @@ LAYERS = {
     "store": 3,
     "model": 4, "tokenizer": 4, "chat": 4, "sampling": 4, "convert": 4, "threads": 4,
     "engine": 5, "generate": 5, "stream": 5,
-    "benchmark": 6, "evaluation": 6,
+    "benchmark": 6, "calibrate": 6, "evaluation": 6,
     "cli": 7, "__main__": 7,
 }  # fmt: skip
 APART = {("quant", "kernels"), ("kernels", "quant"), ("checkpoint", "model"), ("store", "model"), ("model", "checkpoint")}

@@ -14,6 +14,7 @@ from ..formats import EXPERT_UNIT
 from ._jit import njit
 from .attention import BLOCK, TALLEST, clear, finish, merge
 from .matmul import act_bytes, n_tiles
+from .observe import keep_row, keep_units
 from .ops import add, atomic_add, fma, get_f32, get_i32, load_f32, put_i32, splat_f32, store_f32
 from .phases import (
     NONE,
@@ -77,6 +78,8 @@ def norm_tiles(m, weight, source, group, first, tokens, acts, index, members):
         start, end = i * tokens // tiles, (i + 1) * tokens // tiles
         for t in range(start, end):
             norm_and_quantise(m, m[X] + 4 * m[X_WIDTH] * (first + t), weight, source, group, row, act)
+            if m[OBSERVED_NORMED]:
+                keep_row(row, m[DIM], m[OBSERVED_NORMED] + 4 * m[X_WIDTH] * t)
             put_in_tile(act, m[DIM], group, acts + start * token_bytes, end - start, t - start)
 
 
@@ -185,6 +188,8 @@ def choose_experts(mm, m, layers, layer, tokens, skip, index, members):
         choice = 4 * active * (t - skip)
         route(mm, m, layers, layer, row, scratch(m, S_LOGITS, index), m[CHOICE] + choice, m[CHOICE_WEIGHT] + choice)
         quantise_row(row, m[DIM], group, m[ROWS] + (t - skip) * token_bytes)
+        if m[OBSERVED_ROWS]:
+            keep_row(row, m[DIM], m[OBSERVED_ROWS] + 4 * m[X_WIDTH] * (t - skip))
     end_phase(m, T_ROUTE, index, members)
     if index == 0:
         sort_by_expert(m, (tokens - skip) * active)
@@ -247,6 +252,8 @@ def experts(mm, m, layers, layer, tokens, skip, index, members):
         begin, count = expert_places(m, expert)
         if count:
             expert_units(mm, m, layers, layer, expert, unit, ONE, m[ACTS] + begin * in_bytes, count, gate, up, panel)
+            if m[OBSERVED_HIDDEN]:
+                keep_units(gate, count, unit, hidden, m[OBSERVED_HIDDEN], begin)
             tiles = n_tiles(count)
             for i in range(tiles):
                 start, end = i * count // tiles, (i + 1) * count // tiles

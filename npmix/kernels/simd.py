@@ -101,6 +101,7 @@ def scalar(element):
     return {
         "f16": ir.HalfType(),
         "f32": _f32,
+        "f64": ir.DoubleType(),
         "i1": ir.IntType(1),
         "i8": _i8,
         "i16": _i16,

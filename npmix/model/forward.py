@@ -91,6 +91,22 @@ class Forward:
         self.team.run(self._kernel, HEAD, self.state.m, self.weights.layers, first, count, address, rows.strides[0], 0)
         return rows
 
+    def layer(self, layer: int, tokens: np.ndarray, position: int, rows: np.ndarray | None) -> np.ndarray:
+        """One layer by itself over a chunk of tokens at `position`.., every position in full.
+
+        rows: float32 (T, D), what the layer before gave; layer 0 embeds the tokens instead. Returns this layer's
+        (T, D), a view on the run state that the next call overwrites.
+        """
+        self._begin()
+        m, count, x = self.state.m, len(tokens), self.state.array(t.X)[:, : self.config.dim]
+        self.state.array(t.TOKENS)[:count] = tokens
+        if layer:
+            x[:count] = rows
+        self.state.array(t.COUNTERS)[:] = 0
+        self.team.run(self._kernel, PREFILL, m, self.weights.layers, count, position, layer, 0, 0)
+        self._check(None, position, count)
+        return x[:count]
+
     def _check(self, rows: np.ndarray | None, position: int, count: int) -> None:
         """Raise NumericsError when a kernel saw a number that is not finite, or logits are not; what it cached is erased."""
         status = self.state.array(t.STATUS)

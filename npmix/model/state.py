@@ -132,6 +132,13 @@ class RunState:
         self.m[column] = array.__array_interface__["data"][0]
         return array
 
+    def observe(self, c: Config) -> None:
+        """From now on prefill keeps the inputs of a layer's matrices as float32 rows (`kernels/observe.py`)."""
+        chunk, width = int(self.m[t.CHUNK]), int(self.m[t.X_WIDTH])
+        self._new(t.OBSERVED_NORMED, (chunk, width), np.float32)
+        self._new(t.OBSERVED_ROWS, (chunk, width), np.float32)
+        self._new(t.OBSERVED_HIDDEN, (chunk * c.n_active, _pad(c.hidden_dim, EXPERT_UNIT)), np.float32)
+
     def array(self, column: int) -> np.ndarray:
         """The buffer behind a column of the table."""
         return self._arrays[column]

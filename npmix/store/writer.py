@@ -56,11 +56,14 @@ def write_atomically(path: Path, data: bytes) -> None:
     _sync_folder(path.parent)
 
 
-class _Lock:
-    """An exclusive lock on a folder that dies with its process (where the system and the file system have flock)."""
+class FileLock:
+    """An exclusive lock that dies with its process (where the system and the file system have flock).
 
-    def __init__(self, folder: Path):
-        self.path = folder / LOCK
+    path: a file made for it and removed on release. problem: what the StoreError says when another process holds it.
+    """
+
+    def __init__(self, path: Path, problem: str):
+        self.path = path
         while True:
             self._file = open(self.path, "a+b")
             try:
@@ -71,7 +74,7 @@ class _Lock:
                     self._file.close()
                     if e.errno not in LOCKED:
                         raise
-                    raise StoreError(f"another conversion is writing {folder}: wait for it or choose another folder") from None
+                    raise StoreError(problem) from None
             if self._is_there():
                 return
             self._file.close()  # the former holder removed the file between our open and our lock
@@ -89,6 +92,12 @@ class _Lock:
         self._file.close()
         if fcntl is None:
             self.path.unlink(missing_ok=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.release()
 
 
 class FileWriter:
@@ -158,7 +167,8 @@ class StoreWriter:
             self._refuse_occupied(force)
             self._made = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _Lock(self.folder)
+            problem = f"another conversion is writing {self.folder}: wait for it or choose another folder"
+            self._lock = FileLock(self.folder / LOCK, problem)
         except OSError as e:
             raise _problem(e, f"making {self.folder}") from None
         try:
