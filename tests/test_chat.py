@@ -45,7 +45,25 @@ def test_tokenizer_without_an_end_token(tmp_path):
 
 
 def random_text(rng: random.Random) -> str:
-    parts = ["[INST]", "[/INST]", "</s>", "<s>", " ", "  ", "\n", "\n\n", "é", "日本", "😀", "\u2581", "word", "Hello,", "x=1", "\t", "e\u0301"]
+    parts = [
+        "[INST]",
+        "[/INST]",
+        "</s>",
+        "<s>",
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        "é",
+        "日本",
+        "😀",
+        "\u2581",
+        "word",
+        "Hello,",
+        "x=1",
+        "\t",
+        "e\u0301",
+    ]
     return "".join(rng.choice(parts) for _ in range(rng.randrange(1, 9)))
 
 

@@ -23,8 +23,18 @@ PIECE = ("textwrap.py", "csv.py", "cmd.py", "queue.py", "graphlib.py", "shelve.p
 # Tests, foreign packages, and files that are tables rather than programs.
 SKIPPED_FOLDERS = frozenset(["test", "tests", "idle_test", "site-packages", "pydoc_data", "__phello__", "__pycache__"])
 SKIPPED_FILES = frozenset(["html/entities.py", "stringprep.py", "encodings/aliases.py"])
-SKIPPED_STARTS = ("config-", "_sysconfigdata", "encodings/cp", "encodings/iso", "encodings/mac", "encodings/koi",
-                  "encodings/kz", "encodings/ptcp", "encodings/tis", "encodings/hp")
+SKIPPED_STARTS = (
+    "config-",
+    "_sysconfigdata",
+    "encodings/cp",
+    "encodings/iso",
+    "encodings/mac",
+    "encodings/koi",
+    "encodings/kz",
+    "encodings/ptcp",
+    "encodings/tis",
+    "encodings/hp",
+)
 
 
 def default_stdlib():

@@ -21,7 +21,8 @@ DECODE, PREFILL, HEAD = range(3)
 
 @functools.lru_cache(maxsize=None)
 def entry(slots, embeddings, kv):
-    """The kernel of a model with these slots (`phases.matmul_by_slot`), embeddings (`rows.embedder`) and KV cache: (work, m, layers, a, b, c, d, e, index, members).
+    """The kernel of a model with these slots (`phases.matmul_by_slot`), embeddings (`rows.embedder`) and KV cache:
+    (work, m, layers, a, b, c, d, e, index, members).
 
     work DECODE: token, position, first layer, last layer, address of the logits or 0 (`decode.decode`).
     work PREFILL: tokens, position, layer, skip, unused (`prefill.prefill`).

@@ -117,7 +117,9 @@ def _packed(name, group):
             if panels and tokens > 2 * HEIGHT:  # fewer tiles are done before a panel would be
                 for i in range(min(BLOCKS, last - block)):
                     unpack(at + i * block_bytes, n_groups, panel + i * plain_bytes)
-                tiles_over(tall_plain, panel, plain_bytes if both else 0, n_groups, acts, token_bytes, tokens, y, out_bytes, 64 if both else 0)
+                tiles_over(
+                    tall_plain, panel, plain_bytes if both else 0, n_groups, acts, token_bytes, tokens, y, out_bytes, 64 if both else 0
+                )
             else:
                 tiles_over(tall, at, block_bytes if both else 0, n_groups, acts, token_bytes, tokens, y, out_bytes, 64 if both else 0)
 

@@ -137,7 +137,19 @@ def source_of(layer):
 def route(mm, m, layers, layer, row, logits, experts, weights):
     """Router logits of one row and the choice; without a router the one expert has weight 1."""
     if layers[layer, ROUTER]:
-        mm(layers[layer, ROUTER_SLOT], layers[layer, ROUTER], m[N_EXPERTS], m[DIM], NONE, blocks_of(m[N_EXPERTS]), row, ONE, logits, NONE, NONE)
+        mm(
+            layers[layer, ROUTER_SLOT],
+            layers[layer, ROUTER],
+            m[N_EXPERTS],
+            m[DIM],
+            NONE,
+            blocks_of(m[N_EXPERTS]),
+            row,
+            ONE,
+            logits,
+            NONE,
+            NONE,
+        )
     choose(logits, m[N_EXPERTS], m[N_ACTIVE], experts, weights)
 
 

@@ -288,7 +288,9 @@ def _rounder(name):
                 m = where_greater(splat_f32(np.float32(0.5)), chosen, splat_f32(multipliers[s]), m)
             inverse = div(splat_f32(_ONE), mul(scale, m))
             selector = load_f32(scratch + _SELECTORS + 64 * i)  # 0 in a group of zeros, as in the padding
-            store_f32(scratch + _SELECTORS + 64 * i, where_greater(load_f32(scratch + _LARGEST), splat_f32(_ZERO), selector, splat_f32(_ZERO)))
+            store_f32(
+                scratch + _SELECTORS + 64 * i, where_greater(load_f32(scratch + _LARGEST), splat_f32(_ZERO), selector, splat_f32(_ZERO))
+            )
             for k in range(inputs * i, inputs * i + inputs):
                 store_f32(scratch + _CODES + 64 * k, code(mul(load_f32(scratch + _WEIGHTS + 64 * k), inverse)))
 

@@ -138,7 +138,9 @@ def _lookup_16(builder, entries, index):
     if form == "avx512vnni":
         return call(builder, "llvm.x86.avx512.pshuf.b.512", index.type, const_vector("i8", 64, entries * 4), index)
     if form in ("avxvnni", "avx2"):
-        return _by_parts(builder, index, 32, lambda part: call(builder, "llvm.x86.avx2.pshuf.b", part.type, const_vector("i8", 32, entries * 2), part))
+        return _by_parts(
+            builder, index, 32, lambda part: call(builder, "llvm.x86.avx2.pshuf.b", part.type, const_vector("i8", 32, entries * 2), part)
+        )
     if form == "neon":
         low = builder.and_(index, const_vector("i8", 64, 15))
         name = "llvm.aarch64.neon.tbl1.v16i8"

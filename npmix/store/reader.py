@@ -79,7 +79,9 @@ def _check_tensor(where: Path, name: str, claim, shape: tuple[int, ...], version
     if format == "q4" and version < 2:
         raise StoreError(f"{where}: {name} is q4 as an older npmix packed it, no longer read: convert again from the checkpoint")
     if type(group) is not int or (group != 0 if format in DENSE else group not in PACKED[format].groups):
-        raise StoreError(f"{where}: {name} has group {str(group)[:40]}, expected {0 if format in DENSE else PACKED[format].groups}: convert again")
+        raise StoreError(
+            f"{where}: {name} has group {str(group)[:40]}, expected {0 if format in DENSE else PACKED[format].groups}: convert again"
+        )
     if format in PACKED and (len(shape) != 2 or name.endswith((".router", "norm"))):
         raise StoreError(f"{where}: {name} is packed as {format}, expected a dense format: convert again")
     if name.endswith("norm") and format != "f32":
@@ -107,7 +109,9 @@ class Store:
         if set(table) != set(self._shapes):
             odd = sorted(set(table) ^ set(self._shapes))
             raise StoreError(f"{where}: tensors do not match the config: {', '.join(odd)[:200]}: convert again")
-        self._formats = {name: _check_tensor(where, name, table[name], shape, self.manifest["version"]) for name, shape in self._shapes.items()}
+        self._formats = {
+            name: _check_tensor(where, name, table[name], shape, self.manifest["version"]) for name, shape in self._shapes.items()
+        }
         _check_files(self.path, self.manifest, self.config)
         self.generation = {"eos_ids": self.config.eos_ids}
         self.is_instruct = self.manifest["is_instruct"]

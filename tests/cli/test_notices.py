@@ -89,7 +89,9 @@ def test_compile_notice_is_one_line(quiet, capsys):
 
 def test_figures():
     """One line: speeds of prompt and text, the wait, memory, and the seed only if it was drawn."""
-    stats = Stats(prompt_tokens=12, cached_tokens=2, prefill_s=0.5, decode_s=0.25, first_token_s=0.51, stop_reason="length", seed=7, ids=[1, 2])
+    stats = Stats(
+        prompt_tokens=12, cached_tokens=2, prefill_s=0.5, decode_s=0.25, first_token_s=0.51, stop_reason="length", seed=7, ids=[1, 2]
+    )
     assert figures(stats, True).startswith("prompt 10 tokens at 20.0 tok/s, text 2 tokens at 4.0 tok/s, first token 0.51 s, peak memory ")
     assert figures(stats, True).endswith(", seed 7") and "seed" not in figures(stats, False)
     one = Stats(prompt_tokens=1, prefill_s=0.5, first_token_s=0.5, ids=[5])

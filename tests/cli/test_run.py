@@ -35,7 +35,9 @@ def test_stdout_holds_only_the_text(npmix_command, tiny, expected):
     """stdout is the model's text with a line end; the figures are one line on stderr."""
     result = npmix_command("run", "-m", tiny, *GREEDY, PROMPT)
     assert (result.exit_code, result.stdout) == (0, with_line_end(expected))
-    figures = r"npmix: prompt \d+ tokens at [\d.]+ tok/s, text \d+ tokens at [\d.]+ tok/s, first token [\d.]+ s(, peak memory [\d.]+ [kMG]?B)?"
+    figures = (
+        r"npmix: prompt \d+ tokens at [\d.]+ tok/s, text \d+ tokens at [\d.]+ tok/s, first token [\d.]+ s(, peak memory [\d.]+ [kMG]?B)?"
+    )
     assert re.fullmatch(figures, result.stderr.splitlines()[-1])
 
 
@@ -102,7 +104,9 @@ def test_engine_options_reach_the_engine(npmix_command, tiny):
     assert "100000" in one_error(npmix_command(*base, "--context", 100000))
 
 
-@pytest.mark.parametrize("arguments", [["--file", "a", "prompt"], ["--json"], ["--echo"], ["--temperature", "nan", "x"], ["--seed", "-1", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [["--file", "a", "prompt"], ["--json"], ["--echo"], ["--temperature", "nan", "x"], ["--seed", "-1", "x"]]
+)
 def test_usage(npmix_command, tiny, monkeypatch, arguments):
     """Options that contradict each other or lie out of range end with 2; --json and --echo have no meaning in a session."""
     if len(arguments) == 1:
