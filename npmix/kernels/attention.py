@@ -7,9 +7,9 @@ Positions a query must not see get weight exactly 0 and add exactly nothing.
 Scores are in base 2 (the query carries log2(e) / sqrt(head_dim)): softmax by the running maximum of
 Milakov & Gimelshein 2018 (arXiv 1805.02867).
 
-The cache of one layer and kv head, S positions a multiple of BLOCK:
-    keys    [S / 64][head_dim][64]   64 positions side by side: a score is a chain over head_dim in each lane
-    values  [S][V_WIDTH]             head_dim padded to 16: the output is a chain over positions in each lane
+In the cache (layout: `model/kv_cache.py`) 64 positions' keys lie side by side, so a score is a chain over head_dim in each lane;
+a position's values are a row, so the output is a chain over positions in each lane. Of 8-bit numbers the sum runs over the codes:
+a key's scale multiplies its score, a value's scale its weight.
 """
 
 import functools
@@ -19,6 +19,7 @@ from numba.core import cgutils
 from numpy import float32 as F
 
 from ._jit import njit
+from .cache import BLOCK, KINDS, STRIP, scale_row
 from .ops import (
     add,
     exp2,
@@ -42,6 +43,7 @@ from .simd import (
     const_vector,
     emit_fma,
     emit_load_f16,
+    emit_load_i8,
     i64,
     load,
     op,
@@ -56,14 +58,14 @@ from .simd import (
     void,
 )
 
-BLOCK = 256  # positions of a block: its merge costs one part in 128 of its work at head_dim 128
-STRIP = 64  # positions that lie side by side in the keys
 TALLEST = 6  # query rows of the tallest tile: 6 x 4 accumulators of 32 registers
 FETCHING = 4  # rows from which a tile also fetches what comes next: with fewer, memory is the limit already (Zen 4: 33 GB/s fell to 24)
 
+# kind: how 16 numbers become float32, and their NumPy type
 _LOAD = {
-    "f16": (2, emit_load_f16, np.float16),
-    "f32": (4, lambda b, p: load(b, p, vector("f32", 16)), np.float32),
+    "f16": (emit_load_f16, np.float16),
+    "f32": (lambda b, p: load(b, p, vector("f32", 16)), np.float32),
+    "q8": (emit_load_i8, np.int8),
 }
 
 
@@ -73,7 +75,7 @@ def score_tile(kv, rows):
 
     ahead: what to fetch meanwhile, as many bytes as the strip has.
     """
-    size, emit_load, dtype = _LOAD[kv]
+    size, (emit_load, dtype) = KINDS[kv][0], _LOAD[kv]
 
     def emit(builder, q, q_bytes, keys, dim, out, out_bytes, ahead):
         zero = const_vector("f32", 16, 0.0)
@@ -110,7 +112,7 @@ def value_tile(kv, rows, vectors):
 
     ahead: what to fetch meanwhile, laid out like the values.
     """
-    size, emit_load, dtype = _LOAD[kv]
+    size, (emit_load, dtype) = KINDS[kv][0], _LOAD[kv]
 
     def emit(builder, p, p_bytes, values, width, begin, end, out, out_bytes, ahead):
         zero = const_vector("f32", 16, 0.0)
@@ -213,7 +215,7 @@ def attend(kv):
     s1, s2, s4, s6 = [score_tile(kv, r) for r in (1, 2, 4, 6)]
     v1, v2, v4, v6 = [value_tile(kv, r, 4) for r in (1, 2, 4, 6)]
     tail = value_tile(kv, 1, 1)
-    size = _LOAD[kv][0]
+    size, scale = KINDS[kv]
 
     @njit
     def scores_of(rows, q, q_bytes, keys, dim, out, ahead):
@@ -261,16 +263,20 @@ def attend(kv):
         begin = max(0, position + offset // heads - window + 1 - start) // STRIP * STRIP
         end = min(BLOCK, (last + 1 - start + STRIP - 1) // STRIP * STRIP)
         slot, following = start % capacity, (start + BLOCK) % capacity
-        keys_bytes, values_bytes = dim * size, width * size  # of one position
+        keys_bytes, values_bytes = dim * size, width * size  # of one position, without its scale
+        ahead = keys + following * (keys_bytes + scale)
+        keys, values = keys + slot * (keys_bytes + scale), values + slot * (values_bytes + scale)
         for s in range(begin, end, STRIP):  # memory's next 64 KiB are on their way while these are worked on
-            ahead = values + (slot + s) * values_bytes
-            scores_of(rows, q, q_bytes, keys + (slot + s) * keys_bytes, dim, scores + 4 * s, ahead)
+            scores_of(rows, q, q_bytes, keys + s * keys_bytes, dim, scores + 4 * s, values + s * values_bytes)
         for r in range(rows):
             own = position + (offset + r) // heads - start
-            part = parts + r * 4 * (16 + width)
-            softmax_row(scores + 4 * BLOCK * r, begin, end, own - window + 1, own + 1, part)
+            part, row = parts + r * 4 * (16 + width), scores + 4 * BLOCK * r
+            if scale:
+                scale_row(row, keys + BLOCK * keys_bytes, begin, end)
+            softmax_row(row, begin, end, own - window + 1, own + 1, part)
+            if scale:
+                scale_row(row, values + BLOCK * values_bytes, begin, end)
         end = min(BLOCK, last + 1 - start)  # no further: weight 0 times a NaN that an earlier sequence left there is NaN
-        at = values + slot * values_bytes
-        values_of(rows, scores, at, width, begin, end, parts + 64, 4 * (16 + width), keys + following * keys_bytes)
+        values_of(rows, scores, values, width, begin, end, parts + 64, 4 * (16 + width), ahead)
 
     return attend_block

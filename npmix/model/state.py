@@ -55,8 +55,7 @@ class RunState:
         for slot in range(t.SLOTS):
             m[t.GROUP_0 + slot] = weights.group(slot)
         m[t.CAPACITY], m[t.CHUNK] = cache.capacity, chunk
-        m[t.VALUES_LAYER_BYTES] = cache.values.nbytes // c.n_layers
-        m[t.KEYS_LAYER_BYTES] = cache.keys.nbytes // c.n_layers
+        m[t.KEYS_HEAD_BYTES], m[t.VALUES_HEAD_BYTES] = cache.keys.strides[1], cache.values.strides[1]
 
     def _weights(self, weights: Weights) -> None:
         m = self.m
