@@ -174,11 +174,6 @@ def emit_load_f16(builder, address, lanes=16):
     return builder.fpext(load(builder, address, vector("f16", lanes)), vector("f32", lanes))
 
 
-def emit_load_i8(builder, address, lanes=16):
-    wide = builder.sext(load(builder, address, vector("i8", lanes)), vector("i32", lanes))
-    return builder.sitofp(wide, vector("f32", lanes))
-
-
 def emit_load_bf16(builder, address, lanes=16):
     wide = builder.zext(load(builder, address, vector("i16", lanes)), vector("i32", lanes))
     return builder.bitcast(builder.shl(wide, const_vector("i32", lanes, 16)), vector("f32", lanes))

@@ -9,7 +9,7 @@ import numpy as np
 from ..config import Config
 from ..formats import EXPERT_UNIT, SHARED
 from ..kernels import tables as t
-from ..kernels.attention import BLOCK, TALLEST
+from ..kernels.attention import BLOCK, TALLEST, scores_bytes
 from ..kernels.decode import RUN
 from ..kernels.prefill import QUERY_ROWS
 from .kv_cache import KVCache
@@ -99,7 +99,7 @@ class RunState:
             t.S_UP: 4 * EXPERT_UNIT * max(chunk, RUN),
             t.S_LOGITS: 4 * _pad(c.n_experts, 16),
             t.S_CHOICE: 8 * c.n_active,
-            t.S_SCORES: 4 * TALLEST * BLOCK,
+            t.S_SCORES: scores_bytes(c.head_dim),
             t.S_PARTS: TALLEST * part,
             t.S_RUNNING: max(QUERY_ROWS, c.n_heads // c.n_kv_heads) * part,
         }
