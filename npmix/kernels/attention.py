@@ -296,6 +296,7 @@ def scale_row(row, scales, begin, end):
 
 @functools.lru_cache(maxsize=None)
 def _attend_codes():
+    """`attend` over 8-bit keys and values: queries and weights become digits, once a block."""
     d1, d2, d4, d6 = [digit_tile(r, r >= FETCHING) for r in (1, 2, 4, 6)]
 
     @njit
@@ -324,7 +325,7 @@ def _attend_codes():
         limit = min(BLOCK, last + 1 - start)  # no further: weight 0 times a NaN that an earlier sequence left there is NaN
         slot, following = start % capacity, (start + BLOCK) % capacity
         words, padded = (dim + 3) // 4, (dim + 15) // 16 * 16
-        keys_bytes, values_bytes = 4 * words + 4, width + 4  # of one position
+        keys_bytes, values_bytes = 4 * words + 4, width + 4  # of one position, with its scale
         ahead = keys + following * keys_bytes
         keys, values = keys + slot * keys_bytes, values + slot * values_bytes
         digits, digits_bytes = scores + 4 * TALLEST * BLOCK, 2 * padded + 64

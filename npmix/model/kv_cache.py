@@ -6,7 +6,7 @@ Of each layer and kv head, S positions, a multiple of BLOCK; position p lies at 
     values  [S][V_WIDTH]             head_dim padded to 16
 
 In 8 bits ("q8"): codes 1..255 that mean code - 128 times a scale of the head and position, max|x| / 127 in float32, so
-head_dim + 4 bytes a row. A row that is not finite has a NaN for a scale. By blocks of BLOCK positions:
+head_dim + 4 bytes a row (at 128 52 % of float16's). A row that is not finite has a NaN for a scale. By blocks of BLOCK positions:
 
     keys    codes  [BLOCK / 32][head_dim padded to 4 / 4][32][4]   lanes are positions, words four dims
             scales [BLOCK]
