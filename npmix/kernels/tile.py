@@ -54,8 +54,8 @@ from .unpack import Unpacker, twin_row_block
 # earlier runs are touched once in SHARED inputs and may lie on the stack); where 16 lanes take several registers, 1 x 4 keeps
 # the integer ones from spilling.
 BLOCKS, HEIGHT = (2, 6) if cpu.wide_registers() else (1, 4)
-# Up to FEW tokens take SINGLE row blocks: each broadcast of inputs feeds 4 dots, and fewer instructions a byte keep more bytes in flight.
-SINGLE, FEW = 4 if cpu.is_x86() else 1, 3 if cpu.wide_registers() else 1
+# One token takes SINGLE row blocks: each broadcast of inputs feeds 4 dots, and fewer instructions a byte keep more bytes in flight.
+SINGLE = 4 if cpu.is_x86() else 1
 AHEAD = 4096 if cpu.fetches_ahead() else 0  # bytes a single token's tile fetches ahead
 UNROLLED = 128  # dots that are written out rather than looped over, if a chunk of inputs has no more
 
