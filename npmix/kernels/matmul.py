@@ -34,7 +34,7 @@ def matmul(name, group, several=True):
     return _packed(name, group) if group else _dense(name) if several else _dense_rows(name)
 
 
-@njit(inline=True)
+@njit
 def n_tiles(tokens):
     """Tiles of at most HEIGHT tokens, as even as can be: 7 tokens are 4 + 3, not 6 + 1."""
     return (tokens + HEIGHT - 1) // HEIGHT

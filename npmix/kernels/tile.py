@@ -26,6 +26,7 @@ from numba.core import cgutils
 from ..formats import CHUNK, SHARED, span_bytes
 from . import cpu
 from .dot import emit_dot4, emit_dot_start, emit_splat4
+from .outline import outlined
 from .simd import (
     const_i64,
     const_vector,
@@ -63,7 +64,7 @@ UNROLLED = 128  # dots that are written out rather than looped over, if a chunk 
 # ---- packed ------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=None)
+@outlined
 def packed_tile(name, group, blocks, height):
     """op(w, block_bytes, n_groups, acts, out, out_bytes, next_block): `blocks` row blocks by `height` tokens of a packed matrix.
 
@@ -216,7 +217,7 @@ _DENSE_LOAD = {
 }
 
 
-@functools.lru_cache(maxsize=None)
+@outlined
 def dense_tile(name, rows, height):
     """op(w, row_bytes, cols, acts, act_bytes, out, out_bytes, next_row): `rows` rows by `height` tokens, cols >= 16.
 

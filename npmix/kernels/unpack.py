@@ -13,6 +13,7 @@ from numba.core import cgutils
 
 from ..formats import CHUNK, PACKED, codes_at, span_bytes
 from . import cpu
+from .outline import outlined
 from .simd import call, const_i32, const_i64, const_vector, i64, load, op, peek, poke, scalar, shuffle, splat, store, vector, void
 
 
@@ -168,7 +169,7 @@ def _by_parts(builder, value, lanes, part):
 # ---- whole row blocks --------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=None)
+@outlined
 def unpack_block(name, group):
     """op(w, n_groups, out): a row block as a row block of q8 of the same group, for work that comes over it many times."""
 
