@@ -7,10 +7,16 @@ pair is unpacked once, into a panel of plain int8 that stays in the cache; a sin
 
 import functools
 
+import numpy as np
+
 from ..formats import DENSE, SHARED, packed_bytes, span_bytes
 from ._jit import njit
+from .ops import fetch
 from .tile import BLOCKS, HEIGHT, SINGLE, dense_tile, packed_tile
 from .unpack import unpack_block
+
+
+NONE = np.int64(0)  # typed: Numba compiles a callee anew for each literal argument
 
 
 @njit
@@ -72,12 +78,14 @@ def _pair(name, group):
     tall = _tall(name, group)
 
     @njit
-    def pair(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block):
+    def pair(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead, ahead_bytes):
         tiles = n_tiles(tokens)
         for i in range(tiles):
             start = i * tokens // tiles
             height = (i + 1) * tokens // tiles - start
             tall(height, w, block_bytes, n_groups, acts + start * token_bytes, out + start * out_bytes, out_bytes, next_block)
+            if ahead_bytes:
+                fetch(ahead + i * ahead_bytes // tiles // 64 * 64, ahead_bytes // tiles + 64)
 
     return pair
 
@@ -88,15 +96,15 @@ def _pair_by_panel(name, group):
     pair, unpack, plain = _pair("q8", group), unpack_block(name, group), span_bytes("q8", group)
 
     @njit
-    def pair_by_panel(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, panel):
+    def pair_by_panel(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead_bytes, panel):
         plain_bytes = n_groups // 2 * plain if block_bytes else 0
         unpack(w, n_groups, panel)
         if block_bytes:
             unpack(w + block_bytes, n_groups, panel + plain_bytes)
-        pair(panel, plain_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block)
+        pair(panel, plain_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, w + BLOCKS * block_bytes, ahead_bytes)
 
     @njit
-    def needless(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, panel):
+    def needless(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead_bytes, panel):
         """q8 is its own panel."""
 
     return needless if name == "q8" else pair_by_panel
@@ -121,9 +129,10 @@ def _packed(name, group):
             y, at, both = out + 64 * block, w + block * block_bytes, block + BLOCKS <= last  # an odd last block is paired with itself
             next_bytes, next_block = (block_bytes, 64) if both else (0, 0)
             if tokens >= least:
-                pair_by_panel(at, next_bytes, n_groups, acts, token_bytes, tokens, y, out_bytes, next_block, panel)
+                ahead = BLOCKS * block_bytes if block + 2 * BLOCKS <= last else 0
+                pair_by_panel(at, next_bytes, n_groups, acts, token_bytes, tokens, y, out_bytes, next_block, ahead, panel)
             else:
-                pair(at, next_bytes, n_groups, acts, token_bytes, tokens, y, out_bytes, next_block)
+                pair(at, next_bytes, n_groups, acts, token_bytes, tokens, y, out_bytes, next_block, NONE, NONE)
 
     return packed_matmul
 

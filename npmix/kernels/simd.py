@@ -152,11 +152,11 @@ def add_symbol(name, address):
     binding.add_symbol(name, address)
 
 
-def prefetch(builder, address):
-    """Ask for a cache line that will be read soon; an address past the end of memory does no harm."""
+def prefetch(builder, address, keep=3):
+    """Ask for a cache line that will be read soon, into all caches (keep 3) or all but the first; past the end of memory it does no harm."""
     pointer = builder.inttoptr(address, _i8.as_pointer())
     kind = ir.FunctionType(ir.VoidType(), [pointer.type, _i32, _i32, _i32])
-    read, keep, data = const_i32(0), const_i32(3), const_i32(1)
+    read, keep, data = const_i32(0), const_i32(keep), const_i32(1)
     builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0"), [pointer, read, keep, data])
 
 
