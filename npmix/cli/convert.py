@@ -27,7 +27,8 @@ def convert(src, dst, quant, uniform, importance, requantize, force, threads, qu
     """Pack a model's weights into 3 to 8 bits.
 
     SRC is a Hugging Face folder, DST the packed store to make. q8 packs every matrix into 8 bits; q4 packs the experts
-    into 4 bits and the rest into 8, q3 into 3; f16 makes every matrix float16. An interrupted conversion goes on when the same command is given again.
+    into 4 bits and the rest into 8, q3 into 3; f16 makes every matrix float16. An interrupted conversion goes on when the same
+    command is given again.
     """
     from .. import convert as conversion
 
