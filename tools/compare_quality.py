@@ -317,10 +317,13 @@ def main(argv=None) -> None:
     except PeerError as error:
         raise SystemExit(f"compare_quality: {error}") from None
     plan = comparison.plan
-    print(f"{args.checkpoint}: {len(plan.windows)} windows of {plan.context}, {sum(w.scored for w in plan.windows):,} tokens scored")
+    print(
+        f"{args.checkpoint}: {len(plan.windows)} windows of {plan.context}, {sum(w.scored for w in plan.windows):,} tokens scored; {peer.version}"
+    )
     print(*table(rows), sep="\n")
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        about = {"checkpoint": str(args.checkpoint), "windows": len(plan.windows), "context": plan.context, "peer": peer.version}
+        args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     if args.plot:
         plot(rows, args.plot)
 

@@ -1,5 +1,6 @@
 """llama.cpp's side of compare_quality.py, in a process of its own: JSON commands on stdin, one JSON answer each on stdout.
 
+    {"do": "about"}                                                        {"version": "llama-cpp-python ..."}
     {"do": "gguf", "weights": FILE.npz, "config": {...}, "out": FILE}      float32 GGUF of arrays by GGUF names
     {"do": "quantize", "gguf": FILE, "out": FILE, "experts": "Q4_K", "others": "Q8_0", "importance": FILE.npz or null, "threads": 2}
                                     {"tensors": {name: [type, bytes, weights]}}
@@ -139,7 +140,9 @@ def main() -> None:
         command = json.loads(line)
         do = command.pop("do")
         try:
-            if do == "gguf":
+            if do == "about":
+                found = {"version": f"llama-cpp-python {lib.__version__}"}
+            elif do == "gguf":
                 found = write_gguf(command["weights"], command["config"], command["out"])
             elif do == "quantize":
                 found = quantize(command.pop("gguf"), **command)

@@ -4,6 +4,7 @@ One hard fact: llama.cpp rotates neighbouring pairs of a head (x[2i], x[2i + 1])
 the rows of wq and wk change places; a row stays a row, and what was measured of its inputs holds for both.
 """
 
+import contextlib
 import json
 import subprocess
 from pathlib import Path
@@ -77,6 +78,11 @@ class Peer:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         except OSError as e:
             raise PeerError(f"{python}: {e.strerror or e}") from None
+        try:
+            self.version = self.ask("about")["version"]
+        except PeerError:
+            self.__exit__()
+            raise
 
     def ask(self, do: str, **what) -> dict:
         """One command, its answer; PeerError if it failed."""
@@ -98,6 +104,7 @@ class Peer:
         return self
 
     def __exit__(self, *_) -> None:
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.stdout.close()
         self._process.wait()
