@@ -4,11 +4,10 @@ One hard fact: weights stream through in pieces of a few megabytes, rounded by p
 written in order, so memory does not grow with the model. The pages of a tensor that has been read are handed back.
 
     recipe    experts    wq wk wv wo, tok_embeddings, output    router       norms
-    q8        q8         q8                                     as it was    f32
-    q4        q4         q8                                     as it was    f32
-    q3        q3         q8                                     as it was    f32
+    q8        q8         q8 group 32                            as it was    f32
+    q6 .. q2  q6 .. q2   q8 group 128                          as it was    f32
     f16       f16        f16                                    as it was    f32
-    uniform   q4         q4                                     as it was    f32
+    uniform   any        like the experts                      as it was    f32
 
 With an importance file (`store/importance.py`) an error of a weight counts as much as its input is large; formats without a search (q8, f16) are
 the same with and without.
@@ -39,7 +38,7 @@ from .store.writer import StoreWriter
 from .threads import default_threads
 
 PIECE_WEIGHTS = 1 << 20  # weights a thread rounds at a time: 4 MB of float32
-QUANTS = (*PACKED, "f16")
+QUANTS = ("q8", "q6", "q5", "q4", "q3", "q2", "f16")
 LARGEST_F16 = 65504.0
 
 
@@ -55,10 +54,10 @@ def make_recipe(quant: str, uniform: bool = False) -> dict:
     """What each kind of matrix is rounded to: {"name", "experts": [format, group], "matrices": [format, group]}."""
     if quant not in QUANTS:
         raise InputError(f"quant is {quant!r}, expected one of {', '.join(QUANTS)}")
-    formats = (quant, quant if uniform else "q8")
     if quant == "f16":
-        formats = ("f16", "f16")
-    experts, matrices = ([name, 0 if name in DENSE else PACKED[name].group] for name in formats)
+        return {"name": quant, "experts": ["f16", 0], "matrices": ["f16", 0]}
+    experts = [quant, 32 if quant == "q8" else PACKED[quant].group]
+    matrices = experts if uniform or quant == "q8" else ["q8", PACKED["q8"].group]
     return {"name": f"uniform {quant}" if uniform else quant, "experts": experts, "matrices": matrices}
 
 

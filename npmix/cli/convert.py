@@ -8,10 +8,10 @@ from ..errors import NpmixError
 from .notices import ProgressBar, compile_notice, escaped, say, size
 from .options import threads_option
 
-QUANTS = ("q8", "q4", "q3", "f16")  # a test holds them to those of the conversion
+QUANTS = ("q8", "q6", "q5", "q4", "q3", "q2", "f16")  # a test holds them to those of the conversion
 
 
-@click.command(short_help="Pack a model's weights into 3 to 8 bits.")
+@click.command(short_help="Pack a model's weights into 2 to 8 bits.")
 @click.argument("src", type=click.Path(path_type=Path))
 @click.argument("dst", type=click.Path(path_type=Path))
 @click.option("--quant", type=click.Choice(QUANTS), required=True, help="Bits of the experts' weights.")
@@ -24,10 +24,10 @@ QUANTS = ("q8", "q4", "q3", "f16")  # a test holds them to those of the conversi
 @threads_option
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def convert(src, dst, quant, uniform, importance, requantize, force, threads, quiet):
-    """Pack a model's weights into 3 to 8 bits.
+    """Pack a model's weights into 2 to 8 bits.
 
-    SRC is a Hugging Face folder, DST the packed store to make. q8 packs every matrix into 8 bits; q4 packs the experts
-    into 4 bits and the rest into 8, q3 into 3; f16 makes every matrix float16. An interrupted conversion goes on when the same
+    SRC is a Hugging Face folder, DST the packed store to make. q8 packs every matrix into 8 bits; q6 to q2 pack the experts
+    into that many and the rest into 8; f16 makes every matrix float16. An interrupted conversion goes on when the same
     command is given again.
     """
     from .. import convert as conversion

@@ -29,7 +29,7 @@ FORMATS = {
     "q4 mixed": ("bf16", {"wo": ("q4", 128), "experts": ("q4", 64), "w_down": ("q4", 128), "other": ("q4", 32)}),
     "q8 mixed": ("f32", {"wo": ("q8", 32), "experts": ("q8", 128), "w_down": ("q8", 64), "other": ("q8", 128)}),
 }
-CASES = [(name, "f32") for name in FORMATS] + [("bf16", "f16"), ("q8", "f16")]
+CASES = [(name, "f32") for name in FORMATS] + [("bf16", "f16"), ("q8", "f16"), ("bf16", "q8")]
 
 
 def mixed_formats(choice):
