@@ -81,7 +81,9 @@ def test_requantize(tmp_path, monkeypatch):
             if ".experts." in name:
                 assert (new.data == pack(*quantise(dequantize(old), "q4", new.group), "q4", new.group)).all(), name
             else:
-                assert old.format == new.format and np.ascontiguousarray(old.data).tobytes() == np.ascontiguousarray(new.data).tobytes()
+                assert (old.format, old.group) == (new.format, new.group) and np.ascontiguousarray(
+                    old.data
+                ).tobytes() == np.ascontiguousarray(new.data).tobytes()
         source = b.manifest["source"]
         assert source["kind"] == "store" and source["recipe"] == a.manifest["recipe"] and b.tokenizer_path
     verify(tmp_path / "q4")
