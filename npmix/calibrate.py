@@ -27,7 +27,6 @@ from .model.observer import Observer
 from .model.weights import Weights
 from .store import open_source
 from .store.importance import load_importance, save_importance
-from .store.layout import MANIFEST
 from .store.moments import MomentsWriter
 from .store.writer import FileLock
 from .threads import default_threads
@@ -49,13 +48,6 @@ def windows(tokenizer: Tokenizer, text: str, window: int, tokens: int | None) ->
             break
         out += ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + ids[at : at + step]
     return np.array(out[:tokens], np.int32)
-
-
-def fingerprint(source) -> str:
-    """What changes when a model's weights do: a store's manifest (it holds every file's sha256), else the checkpoint's own."""
-    if source.kind == "store":
-        return hashlib.sha256((source.path / MANIFEST).read_bytes()).hexdigest()
-    return source.fingerprint()
 
 
 def calibrate(model, text: str, out, *, tokens=None, window=None, threads=None, moments=None, force=False, progress=None) -> dict:
@@ -83,7 +75,7 @@ def calibrate(model, text: str, out, *, tokens=None, window=None, threads=None, 
         ids = windows(Tokenizer.for_model(source.tokenizer_path, config), text, window, tokens)
         if len(ids) < 2:
             raise InputError("the text has no tokens: give a text of at least some thousand words")
-        about = {"model": fingerprint(source), "text": hashlib.sha256(ids.tobytes()).hexdigest(), "tokens": len(ids), "window": window}
+        about = {"model": source.fingerprint(), "text": hashlib.sha256(ids.tobytes()).hexdigest(), "tokens": len(ids), "window": window}
         _refuse_existing(out, force)
         if moments is not None:
             if moments.resolve() == out.resolve():

@@ -4,11 +4,17 @@ One hard fact: weights stream through in pieces of a few megabytes, rounded by p
 written in order, so memory does not grow with the model. The pages of a tensor that has been read are handed back.
 
     recipe    experts    wq wk wv wo, tok_embeddings, output    router       norms
-    q8        q8         q8 group 32                             as it was    f32
-    q6 .. q2  q6 .. q2   q8 group 128                           as it was    f32
-    uniform   any        like the experts                       as it was    f32
+    q8        q8         q8 group 32                            as it was    f32
+    q6 .. q2  q6 .. q2   q8 group 128                          as it was    f32
+    f16       f16        f16                                    as it was    f32
+    uniform   any        like the experts                      as it was    f32
+
+With an importance file (`store/importance.py`) an error of a weight counts as much as its input is large; formats without a search (q8, f16) are
+the same with and without.
 """
 
+import hashlib
+import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,24 +30,32 @@ from .kernels._jit import DISABLED
 from .quant import round as plain
 from .quant.pack import dequantize, pack
 from .quant.tensor import Tensor
-from .store import open_source
+from .store import Store, open_source, open_store
+from .store.importance import Importance
 from .store.layout import FORMAT, MANIFEST, TOKENIZER, VERSION, FilePlan, plan_digest, plan_store, tensor_table
 from .store.verify import is_finite, kind_of, verify_files, verify_finite, weigh
 from .store.writer import StoreWriter
 from .threads import default_threads
 
 PIECE_WEIGHTS = 1 << 20  # weights a thread rounds at a time: 4 MB of float32
-QUANTS = ("q8", "q6", "q5", "q4", "q3", "q2")
+QUANTS = ("q8", "q6", "q5", "q4", "q3", "q2", "f16")
+LARGEST_F16 = 65504.0
 
 
 class BadWeights(ConversionError):
-    """Weights that no conversion can round: trying again is of no use."""
+    """Weights that cannot be rounded to a format: trying again is of no use. advice: what to do."""
+
+    def __init__(self, found: str, advice: str = "get the checkpoint again, npmix converts finite weights only"):
+        super().__init__(found)
+        self.advice = advice
 
 
 def make_recipe(quant: str, uniform: bool = False) -> dict:
     """What each kind of matrix is rounded to: {"name", "experts": [format, group], "matrices": [format, group]}."""
     if quant not in QUANTS:
         raise InputError(f"quant is {quant!r}, expected one of {', '.join(QUANTS)}")
+    if quant == "f16":
+        return {"name": quant, "experts": ["f16", 0], "matrices": ["f16", 0]}
     experts = [quant, 32 if quant == "q8" else PACKED[quant].group]
     matrices = experts if uniform or quant == "q8" else ["q8", PACKED["q8"].group]
     return {"name": f"uniform {quant}" if uniform else quant, "experts": experts, "matrices": matrices}
@@ -61,27 +75,60 @@ def tensor_formats(config: Config, recipe: dict, router_format) -> dict[str, tup
     return out
 
 
+def formats_of(source, recipe: dict) -> dict[str, tuple[str, int]]:
+    """Our name -> (format, group) of the store to be made; what a packed source has in the recipe's format already keeps its group too."""
+    formats = tensor_formats(source.config, recipe, lambda name: source.tensor(name).format)
+    if isinstance(source, Store):
+        for name, (format, _) in formats.items():
+            tensor = source.tensor(name)
+            if tensor.format == format:
+                formats[name] = (format, tensor.group)
+    return formats
+
+
 def as_float32(tensor: Tensor, first: int, last: int) -> np.ndarray:
-    """Rows [first, last) of a dense matrix as a new, aligned float32 array."""
-    piece = Tensor(tensor.data[first:last], tensor.format, (last - first, *tensor.shape[1:]))
+    """Rows [first, last) of a matrix as a new, aligned float32 array; of a packed one whole row blocks (first a multiple of 16)."""
+    rows, data = last - first, tensor.data
+    if tensor.format in PACKED:
+        one = packed_bytes(tensor.format, ROW_BLOCK, tensor.shape[1], tensor.group)
+        data = data[first // ROW_BLOCK * one :][: -(-rows // ROW_BLOCK) * one]
+    else:
+        data = data[first:last]
+    piece = Tensor(data, tensor.format, (rows, *tensor.shape[1:]), tensor.group)
     return np.require(dequantize(piece), requirements=["C", "A"])
 
 
-def round_piece(tensor: Tensor, first: int, last: int, format: str, group: int) -> np.ndarray:
-    """Packed bytes of rows [first, last); raises BadWeights for weights that cannot be rounded."""
+def round_piece(tensor: Tensor, first: int, last: int, format: str, group: int, importance: np.ndarray | None = None) -> np.ndarray:
+    """Bytes of rows [first, last) in another format; raises BadWeights for weights that cannot be rounded.
+
+    importance: float32 (K,), how much an error counts in each input; None: all the same.
+    """
     w = as_float32(tensor, first, last)
+    if format in DENSE:
+        return _narrow(w, format)
     if DISABLED:  # kernels would run as plain Python: the NumPy twin gives the same bytes
         problem = plain.status(w, format)
         if problem == plain.FINE:
-            return pack(*plain.quantise(w, format, group), format, group)
+            return pack(*plain.quantise(w, format, group, importance), format, group)
     else:
         out = np.empty(packed_bytes(format, *w.shape, group), np.uint8)
-        problem = rounding.round_rows(w, format, group, out)
+        problem = rounding.round_rows(w, format, group, out, importance)
         if problem == plain.FINE:
             return out
     if problem == plain.NOT_FINITE:
         raise BadWeights("NaN or infinite weights")
     raise BadWeights(f"weights larger than {plain.largest(format):.0f}, too large for a float16 scale")
+
+
+def _narrow(w: np.ndarray, format: str) -> np.ndarray:
+    """float32 as the bytes of f32 or f16; what is smaller than float16's smallest number becomes 0."""
+    if not np.isfinite(w).all():
+        raise BadWeights("NaN or infinite weights")
+    if format == "f16":
+        if w.size and np.abs(w).max() > LARGEST_F16:
+            raise BadWeights(f"weights larger than {LARGEST_F16:.0f}, the largest float16", "convert to q8, which takes larger ones")
+        w = w.astype(np.float16)
+    return w.reshape(-1).view(np.uint8)
 
 
 class _Rounder:
@@ -91,15 +138,15 @@ class _Rounder:
         self.threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="npmix-round")
 
-    def pieces(self, tensor: Tensor, format: str, group: int):
-        """Yield the packed bytes of a matrix, a row range at a time, at most 2 x threads of them in memory."""
+    def pieces(self, tensor: Tensor, format: str, group: int, importance: np.ndarray | None = None):
+        """Yield the bytes of a matrix, a row range at a time, at most 2 x threads of them in memory."""
         rows, cols = tensor.shape
         step = max(1, PIECE_WEIGHTS // (cols * ROW_BLOCK)) * ROW_BLOCK
         waiting: deque = deque()
         for first in range(0, rows, step):
             if len(waiting) >= 2 * self.threads:
                 yield waiting.popleft().result()
-            waiting.append(self._pool.submit(round_piece, tensor, first, min(first + step, rows), format, group))
+            waiting.append(self._pool.submit(round_piece, tensor, first, min(first + step, rows), format, group, importance))
         while waiting:
             yield waiting.popleft().result()
 
@@ -108,15 +155,24 @@ class _Rounder:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _dense_bytes(tensor: Tensor, format: str) -> np.ndarray:
-    """A small dense tensor (norm, router) in `format`: its own, or float32."""
+def _as_it_is(tensor: Tensor) -> np.ndarray:
+    """The bytes of a tensor that keeps its format."""
     if not is_finite(tensor):
         raise BadWeights("NaN or infinite weights")
-    data = tensor.data if format == tensor.format else dequantize(tensor)
-    return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+    return np.ascontiguousarray(tensor.data).reshape(-1).view(np.uint8)
 
 
-def _fill(file, plan: FilePlan, source, rounder: _Rounder, report) -> None:
+def column_weights(importance: Importance | None, name: str, config: Config) -> np.ndarray | None:
+    """Float32 (K,) with a mean of 1: how much an error counts in each input of a matrix; None: all the same.
+
+    A mean of 1 because the search sums in float32: activations of 1e-20 or 1e20 would leave its range.
+    """
+    tied = name == "tok_embeddings" and config.tied_embeddings
+    values = importance.of("output" if tied else name) if importance else None
+    return None if values is None else (values / values.mean(dtype=np.float64)).astype(np.float32)
+
+
+def _fill(file, plan: FilePlan, source, rounder: _Rounder, importance: Importance | None, report) -> None:
     """Write the tensors of one file in the plan's order."""
     for slot in plan.slots:
         if not slot.format:
@@ -124,51 +180,91 @@ def _fill(file, plan: FilePlan, source, rounder: _Rounder, report) -> None:
             continue
         tensor = source.tensor(slot.name)
         try:
-            if slot.format in DENSE:
-                parts = [_dense_bytes(tensor, slot.format)]
-            elif (tensor.format, tensor.group) == (slot.format, slot.group):  # a source that is packed itself
-                parts = [tensor.data]
+            if (tensor.format, tensor.group) == (slot.format, slot.group):
+                parts = [_as_it_is(tensor)]
+            elif len(slot.shape) == 1:
+                parts = [_narrow(dequantize(tensor), slot.format)]
             else:
-                parts = rounder.pieces(tensor, slot.format, slot.group)
+                weights = column_weights(importance, slot.name, source.config)
+                parts = rounder.pieces(tensor, slot.format, slot.group, weights)
             for part in parts:
                 file.write(part)
                 report(part.nbytes, slot.name)
         except BadWeights as e:
-            raise BadWeights(f"{source.path}: {slot.name} has {e}: get the checkpoint again, npmix converts finite weights only") from None
+            raise BadWeights(f"{source.path}: {slot.name} has {e}: {e.advice}") from None
         del tensor
         if hasattr(source, "release"):
             source.release(slot.name)
 
 
-def convert(source, dst, quant: str = "q8", *, uniform=False, force=False, threads=None, progress=None) -> Path:
+def convert(
+    source, dst, quant: str = "q8", *, uniform=False, importance=None, requantize=False, force=False, threads=None, progress=None
+) -> Path:
     """Write the packed store `dst` from a checkpoint; returns its path.
 
-    source: a Hugging Face folder, or an object as `checkpoint` describes it. uniform: every matrix like the
-    experts (for comparisons). force: replace what npmix wrote to `dst` before. An interrupted
-    conversion goes on when the same call is made again. progress(done_bytes, total_bytes, tensor or file name).
-    Raises ConversionError (space, permission, bad weights, occupied folder), StoreError (locked), CheckpointError, ConfigError.
+    source: a Hugging Face folder, or an object as `checkpoint` describes it; with requantize also a packed store, whose
+    rounding errors then stay and the new ones come on top (a warning says so). uniform: every matrix like the
+    experts (for comparisons). importance: a file that `calibrate` made of this model. force: replace what npmix wrote to `dst` before. An
+    interrupted conversion goes on when the same call is made again. progress(done_bytes, total_bytes, tensor or file name).
+    Raises ConversionError (space, permission, bad weights, occupied folder), StoreError (locked), CheckpointError, ConfigError,
+    CalibrationError (an importance file that is damaged or of another model).
     """
     recipe = make_recipe(quant, uniform)
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}, expected 1 or more")
     own = not hasattr(source, "tensor")
     if own:
-        if Path(source).resolve() == Path(dst).resolve():
-            raise ConversionError(f"source and destination are the same folder {dst}: choose another destination")
-        if (Path(source) / MANIFEST).exists():
-            raise ConversionError(f"{source} is a packed store already: convert from the checkpoint it was made from")
-        source = open_checkpoint(source)
+        source = _open(source, dst, requantize)
     try:
-        return _convert(source, Path(dst), recipe, force, threads or default_threads(), progress)
+        if own and isinstance(source, Store):
+            _warn_of_both(source, recipe)
+        found = None
+        if importance is not None:
+            found = Importance.open(importance, source.config)
+            digest = hashlib.sha256(Path(importance).read_bytes()).hexdigest()
+            recipe["importance"] = {"sha256": digest, "text": found.about.get("text"), "tokens": found.tokens}
+        return _convert(source, Path(dst), recipe, force, threads or default_threads(), progress, found)
     finally:
         if own:
             source.close()
 
 
-def _convert(source, dst: Path, recipe: dict, force: bool, threads: int, progress) -> Path:
+def _open(source, dst, requantize: bool):
+    """The source that lies in a folder, unless it must not be converted."""
+    if Path(source).resolve() == Path(dst).resolve():
+        raise ConversionError(f"source and destination are the same folder {dst}: choose another destination")
+    if not (Path(source) / MANIFEST).exists():
+        return open_checkpoint(source)
+    if not requantize:
+        raise ConversionError(
+            f"{source} is a packed store already: convert from the checkpoint it was made from, or --requantize (the errors of both roundings add up)"
+        )
+    return open_store(source)
+
+
+def _warn_of_both(source: Store, recipe: dict) -> None:
+    """Say what rounding a second time costs, unless nothing was rounded, or nothing will be."""
+    twice: dict[tuple[str, str], int] = {}
+    for name, (format, _) in formats_of(source, recipe).items():
+        old = source.tensor(name).format
+        if old in PACKED and old != format:
+            twice[old, format] = twice.get((old, format), 0) + 1
+    if twice:
+        what = ", ".join(f"{count} matrices from {old} to {new}" for (old, new), count in sorted(twice.items()))
+        warnings.warn(
+            f"rounding rounded weights: {what}; the errors of both roundings add up, a conversion of the original checkpoint has one of them",
+            stacklevel=3,
+        )
+
+
+def _convert(source, dst: Path, recipe: dict, force: bool, threads: int, progress, importance: Importance | None) -> Path:
     config = source.config
-    plan = plan_store(config, tensor_formats(config, recipe, lambda name: source.tensor(name).format))
+    plan = plan_store(config, formats_of(source, recipe))
     fingerprint = source.fingerprint() if hasattr(source, "fingerprint") else ""
+    origin = {"kind": source.kind, "name": Path(source.path).name, "fingerprint": fingerprint}
+    if isinstance(source, Store):
+        origin["recipe"] = source.manifest["recipe"]
+    settings = " ".join([fingerprint, *([recipe["importance"]["sha256"]] if importance else [])])
     total, done = sum(file.nbytes for file in plan), 0
 
     def report(nbytes, what):
@@ -179,14 +275,14 @@ def _convert(source, dst: Path, recipe: dict, force: bool, threads: int, progres
 
     rounder = _Rounder(threads)
     try:
-        with StoreWriter(dst, plan, plan_digest(config, plan, fingerprint), force) as writer:
+        with StoreWriter(dst, plan, plan_digest(config, plan, settings), force) as writer:
             for file_plan in plan:
                 if file_plan.name in writer.finished:
                     report(file_plan.nbytes, file_plan.name)
                     continue
                 before = done
                 try:
-                    writer.write_file(file_plan, lambda file, plan=file_plan: _fill(file, plan, source, rounder, report))
+                    writer.write_file(file_plan, lambda file, plan=file_plan: _fill(file, plan, source, rounder, importance, report))
                 except BadWeights:
                     writer.abandon()
                     raise
@@ -197,7 +293,7 @@ def _convert(source, dst: Path, recipe: dict, force: bool, threads: int, progres
                 "version": VERSION,
                 "config": config.to_dict(),
                 "recipe": recipe,
-                "source": {"kind": source.kind, "name": Path(source.path).name, "fingerprint": fingerprint},
+                "source": origin,
                 "is_instruct": bool(source.is_instruct),
                 "tokenizer": TOKENIZER if tokenizer else None,
                 "tensors": tensor_table(plan),

@@ -121,13 +121,6 @@ def test_a_source_is_any_object_with_tensors(tmp_path):
         assert (store.tensor("layers.1.wk").data == pack(*quantise(w, "q8", 64), "q8", 64)).all()
 
 
-def test_a_store_is_no_source(tmp_path):
-    """Rounding twice is refused: convert from the checkpoint."""
-    store = convert(tiny_hf(tmp_path / "hf"), tmp_path / "store", "q8")
-    with pytest.raises(ConversionError, match="already"):
-        convert(store, tmp_path / "again", "q4")
-
-
 @pytest.mark.compiled
 def test_memory_stays_small(tmp_path):
     """Pieces in flight are bounded: rounding a matrix of 64 MB takes a few pieces of memory, not the matrix's."""

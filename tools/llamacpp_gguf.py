@@ -91,9 +91,9 @@ def nbytes(shape: tuple[int, ...], kind: str) -> int:
     return math.prod(shape) * 4 if kind in ("norm", "router") else math.prod(shape) // BLOCK * BLOCK_BYTES
 
 
-def describe(writer, c: dict) -> None:
+def describe(writer, c: dict, file_type=gguf.LlamaFileType.MOSTLY_Q4_0) -> None:
     """The key-value pairs llama.cpp asks for; it has no vocabulary but its size."""
-    writer.add_name("random Mixtral")
+    writer.add_name("Mixtral of npmix")
     writer.add_context_length(c["max_positions"])
     writer.add_embedding_length(c["dim"])
     writer.add_block_count(c["n_layers"])
@@ -108,7 +108,7 @@ def describe(writer, c: dict) -> None:
     writer.add_expert_count(c["n_experts"])
     writer.add_expert_used_count(c["n_active"])
     writer.add_vocab_size(c["vocab_size"])
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
+    writer.add_file_type(file_type)
     writer.add_tokenizer_model("no_vocab")
 
 

@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from npmix.checkpoint.names import huggingface_places  # noqa: E402
 from npmix.config import Config  # noqa: E402
-from npmix.convert import QUANTS, convert, make_recipe, round_piece, tensor_formats  # noqa: E402
-from npmix.formats import row_blocks  # noqa: E402
+from npmix.convert import convert, make_recipe, round_piece, tensor_formats  # noqa: E402
+from npmix.formats import PACKED, row_blocks  # noqa: E402
 from npmix.quant.tensor import Tensor  # noqa: E402
 
 SHARD = 4 << 30  # bytes of weights in a file of the Hugging Face folder
@@ -258,7 +258,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
     for name, value in MIXTRAL.items():
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=value, metavar="N", help=f"default {value}")
-    parser.add_argument("--quant", choices=QUANTS, default="q4", help="of the packed store (default q4)")
+    parser.add_argument("--quant", choices=list(PACKED), default="q4", help="of the packed store (default q4)")
     parser.add_argument("--uniform", action="store_true", help="every matrix like the experts")
     parser.add_argument("--hf", action="store_true", help="a Hugging Face folder in bf16 instead of a packed store")
     parser.add_argument("--seed", type=int, default=0)

@@ -5,24 +5,30 @@ from pathlib import Path
 import click
 
 from ..errors import NpmixError
-from ..formats import PACKED
 from .notices import ProgressBar, compile_notice, escaped, say, size
 from .options import threads_option
+
+QUANTS = ("q8", "q6", "q5", "q4", "q3", "q2", "f16")  # a test holds them to those of the conversion
 
 
 @click.command(short_help="Pack a model's weights into 2 to 8 bits.")
 @click.argument("src", type=click.Path(path_type=Path))
 @click.argument("dst", type=click.Path(path_type=Path))
-@click.option("--quant", type=click.Choice(list(PACKED)), required=True, help="Bits of the experts' weights.")
+@click.option("--quant", type=click.Choice(QUANTS), required=True, help="Bits of the experts' weights.")
 @click.option("--uniform", is_flag=True, help="Every matrix like the experts, for comparisons.")
+@click.option(
+    "--importance", metavar="FILE", type=click.Path(path_type=Path), help="What npmix calibrate measured of SRC: it weights errors."
+)
+@click.option("--requantize", is_flag=True, help="SRC may be a packed store: the errors of both roundings add up.")
 @click.option("--force", is_flag=True, help="Replace what npmix wrote to DST before.")
 @threads_option
 @click.option("--quiet", is_flag=True, help="No progress bar.")
-def convert(src, dst, quant, uniform, force, threads, quiet):
+def convert(src, dst, quant, uniform, importance, requantize, force, threads, quiet):
     """Pack a model's weights into 2 to 8 bits.
 
-    SRC is a Hugging Face folder, DST the packed store to make. q8 packs every matrix into 8 bits; q6 to q2 pack
-    the experts into that many and the rest into 8. An interrupted conversion goes on when the same command is given again.
+    SRC is a Hugging Face folder, DST the packed store to make. q8 packs every matrix into 8 bits; q6 to q2 pack the experts
+    into that many and the rest into 8; f16 makes every matrix float16. An interrupted conversion goes on when the same
+    command is given again.
     """
     from .. import convert as conversion
 
@@ -30,7 +36,7 @@ def convert(src, dst, quant, uniform, force, threads, quiet):
         bar = ProgressBar(quiet)
         try:
             conversion.convert(
-                src, dst, quant, uniform=uniform, force=force, threads=threads,
+                src, dst, quant, uniform=uniform, importance=importance, requantize=requantize, force=force, threads=threads,
                 progress=lambda done, total, what: bar.update(done, total),
             )  # fmt: skip
         except KeyboardInterrupt:

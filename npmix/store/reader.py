@@ -5,6 +5,7 @@ after its file's size, its header entry, its format, group and shape have been c
 the model's config and the layout demand. Digests are checked by `verify`, not here.
 """
 
+import hashlib
 from pathlib import Path
 
 from ..checkpoint.jsonfile import read_json
@@ -155,6 +156,13 @@ class Store:
         """Let the system drop the tensor's pages from this process."""
         file = self._files[file_of(name)]
         file.release(file.entries[name].start, file.entries[name].nbytes)
+
+    def fingerprint(self) -> str:
+        """What changes when the weights do: the manifest's sha256, since it holds every file's."""
+        try:
+            return hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest()
+        except OSError as e:
+            raise StoreError(f"cannot read {self.path / MANIFEST}: {e.strerror or e}") from None
 
     def close(self) -> None:
         """Drop the maps; tensors must not be used afterwards."""
