@@ -9,7 +9,7 @@ from npmix.formats import PACKED, packed_bytes
 from npmix.kernels import cpu
 from npmix.kernels._jit import DISABLED, njit
 from npmix.kernels.tile import FEW, HEIGHT
-from npmix.kernels.unpack import table, twin_row_block, unpack_block
+from npmix.kernels.unpack import twin_row_block, unpack_block
 from npmix.quant.pack import integers, pack, unpack
 
 PAIRS = [(name, group) for name, spec in PACKED.items() for group in spec.groups]
@@ -29,16 +29,6 @@ def as_8_bits(data, name, group, n_groups):
     """The same weights as a row block of q8, by NumPy alone."""
     codes, scales, selectors = unpack(data, name, (16, n_groups * group), group)
     return pack((integers(codes, selectors, name) + 128).astype(np.uint8), scales, np.zeros((16, 0), np.uint8), "q8", group)
-
-
-@pytest.mark.parametrize("name", [name for name in PACKED if PACKED[name].values])
-def test_the_table_has_every_product(name):
-    """table[selector, code] = values[code] * multipliers[selector], none beyond -127..127."""
-    spec = PACKED[name]
-    found = table(name)
-    assert found.dtype == np.int8 and found.shape == (max(1, len(spec.multipliers)), len(spec.values))
-    for s, m in enumerate(spec.multipliers or (1,)):
-        assert found[s].tolist() == [m * value for value in spec.values]
 
 
 @pytest.mark.parametrize("name, group", PAIRS)

@@ -11,6 +11,13 @@ PAIRS = [(name, group) for name, spec in PACKED.items() for group in spec.groups
 SHAPES = [(16, 64), (1, 1), (17, 129), (40, 256), (15, 300)]
 
 
+def meanings(name):
+    """Integers [selector][code] of a format with a table."""
+    spec = PACKED[name]
+    row = getattr(spec, "row", lambda s: spec.values)
+    return [[m * value for value in row(s)] for s, m in enumerate(spec.multipliers or (1,))]
+
+
 def random_parts(name, rows, cols, group, seed=0):
     """Codes, scales of both signs and selectors of a matrix; q8's codes are -127..127 + 128."""
     spec, rng = PACKED[name], np.random.default_rng(seed)
@@ -37,11 +44,12 @@ def test_a_format_is_sound(name):
     if not spec.values:
         assert spec.bits == 8 and spec.pad == 128 and spec.top == 127
         return
-    assert len(spec.values) == 1 << spec.bits and list(spec.values) == sorted(set(spec.values))
-    assert spec.top <= 127 and spec.unit > 0
+    rows = meanings(name)
+    assert all(len(set(row)) == len(row) == 1 << spec.bits and list(row) in (sorted(row), sorted(row, reverse=True)) for row in rows)
+    assert max(abs(x) for row in rows for x in row) == spec.top <= 127 and spec.unit > 0
+    assert len(rows) << spec.bits <= 128  # of one instruction
     if spec.per:
-        assert len(spec.multipliers) == 1 << spec.selector_bits and 0 not in spec.multipliers
-        assert spec.group % spec.per == 0 and spec.per % 4 == 0 and CHUNK % spec.per == 0
+        assert len(rows) == 1 << spec.selector_bits and spec.group % spec.per == 0 and spec.per % 4 == 0 and CHUNK % spec.per == 0
         assert spec.group % spec.word == 0 and spec.word // spec.per * spec.selector_bits in (8, 16, 24, 32)
         assert span_bytes(name, spec.group) * 8 == 16 * (32 + 2 * spec.group * spec.bits + 2 * spec.group // spec.per * spec.selector_bits)
 
@@ -96,15 +104,15 @@ def test_padding_is_zero_weights(name, group):
 
 @pytest.mark.parametrize("name, group", PAIRS)
 def test_dequantize_is_integer_times_scale(name, group):
-    """A weight is (code - 128) * scale, or values[code] * multipliers[selector] * scale: the exact product rounded once to float32."""
+    """A weight is (code - 128) * scale, or what selector and code mean * scale: the exact product rounded once to float32."""
     spec, (rows, cols) = PACKED[name], (18, 100)
     codes, scales, selectors = random_parts(name, rows, cols, group)
     back = dequantize(Tensor(pack(codes, scales, selectors, name, group), name, (rows, cols), group))
     whole = integers(codes, selectors, name)
     for n in range(rows):
         for k in range(cols):
-            exact = spec.values[codes[n, k]] if spec.values else int(codes[n, k]) - 128
-            exact *= spec.multipliers[selectors[n, k // spec.per]] if spec.per else 1
+            chosen = selectors[n, k // spec.per] if spec.per else 0
+            exact = meanings(name)[chosen][codes[n, k]] if spec.values else int(codes[n, k]) - 128
             assert whole[n, k] == exact
             assert back[n, k] == np.float32(float(exact) * float(scales[n, k // group]))
 

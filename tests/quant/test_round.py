@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_pack import PAIRS
+from test_pack import PAIRS, meanings
 
 from npmix.errors import ConversionError
 from npmix.formats import PACKED, packed_bytes
@@ -118,9 +118,10 @@ def test_weights_on_a_grid_come_back_exactly(name, group):
     spec, rng, shape = PACKED[name], np.random.default_rng(2), (16, 2 * group)
     codes = rng.integers(0 if spec.values else 1, 1 << spec.bits, shape, dtype=np.uint8)
     selectors = rng.integers(0, len(spec.multipliers), (16, 2 * group // spec.per), dtype=np.uint8) if spec.per else np.zeros((16, 0), np.uint8)
-    codes[:, ::group] = int(np.argmax(np.abs(spec.values))) if spec.values else 255
+    selector, code = np.unravel_index(np.abs(meanings(name)).argmax(), np.shape(meanings(name))) if spec.values else (0, 255)
+    codes[:, ::group] = code
     if spec.per:
-        selectors[:, :: group // spec.per] = int(np.argmax(np.abs(spec.multipliers)))
+        selectors[:, :: group // spec.per] = selector
     whole = integers(codes, selectors, name)
     assert (np.abs(whole[:, ::group]) == spec.top).all()
     for scale in (0.25, 2.0**-24, 0.1003418):
@@ -154,17 +155,17 @@ def test_an_outlier_costs_its_group_alone(name, group):
     where all others take the integer of least size that their selector offers; other groups have the bytes they had without it."""
     spec = PACKED[name]
     w = np.random.default_rng(3).standard_normal((16, 2 * group)).astype(np.float32)
-    multipliers = spec.multipliers or (1,)
-    ends = [value * m for value in spec.values for m in multipliers] or [-127, 127]
-    short = 1 - min(max(ends), -min(ends)) / spec.top  # of the outlier, where only the other sign reaches the largest integer
-    least, step = min(map(abs, spec.values or (0,))), 1e4 / spec.top
-    beside = (spec.per or group) - 1, least * max(map(abs, multipliers))
-    apart = group - 1 - beside[0], least * min(map(abs, multipliers))
+    rows = np.array(meanings(name)) if spec.values else np.arange(-127, 128)[None]
+    least, step = np.abs(rows).min(1), 1e4 / spec.top  # by selector
     for outlier in (1e4, -1e4):
         x = w.copy()
         x[:, 7] = outlier
         back, rest = rounded(x, name, group), (w[:, :group] ** 2).sum(1)
-        bound = sum(count * (size * step) ** 2 for count, size in (beside, apart)) + (1e4 * (HALF + short)) ** 2
+        reach = (rows * np.sign(outlier)).max(1)  # the outlier's own sub-block takes a selector that comes nearest to it
+        short = 1 - reach.max() / spec.top
+        beside = ((spec.per or group) - 1) * (least[reach == reach.max()].min() * step) ** 2
+        apart = (group - (spec.per or group)) * (least.min() * step) ** 2
+        bound = beside + apart + (1e4 * (HALF + short)) ** 2
         assert (((back - x)[:, :group] ** 2).sum(1) < 1.1 * bound + 4 * rest).all()
         assert (back[:, group:] == rounded(w, name, group)[:, group:]).all()
 
@@ -175,7 +176,9 @@ def test_tiny_weights_do_not_vanish_early(name, group):
     spec = PACKED[name]
     w = (np.random.default_rng(3).standard_normal((16, 2 * group)) * 1e-7).astype(np.float32)
     assert (quantise(w, name, group)[1] != 0).all()
-    gap = int(np.diff(spec.values).max()) * min(map(abs, spec.multipliers or (1,))) if spec.values else 1
+    rows = np.sort(meanings(name)) if spec.values else np.arange(-127, 128)[None]
+    top = np.abs(w).max() * 2.0**24
+    gap = min(np.diff(row).max() for row in rows if -row[0] >= top and row[-1] >= top)
     assert np.sqrt(((rounded(w, name, group) - w) ** 2).mean()) <= gap * 2.0**-25
 
 
