@@ -70,9 +70,9 @@ def logits(folder) -> dict[str, np.ndarray]:
     results = {}
     for name in ("q8", "q4"):
 
-        def entry(wanted, kv):
+        def entry(wanted, embeddings, kv):
             assert slots[: len(wanted)] == wanted  # so slots mean the same, and one compilation serves both
-            return whole(slots, kv)
+            return whole(slots, embeddings, kv)
 
         forward.entry = entry
         try:
