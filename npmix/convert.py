@@ -4,10 +4,9 @@ One hard fact: weights stream through in pieces of a few megabytes, rounded by p
 written in order, so memory does not grow with the model. The pages of a tensor that has been read are handed back.
 
     recipe    experts    wq wk wv wo, tok_embeddings, output    router       norms
-    q8        q8         q8                                     as it was    f32
-    q4        q4         q8                                     as it was    f32
-    q3        q3         q8                                     as it was    f32
-    uniform   q4         q4                                     as it was    f32
+    q8        q8         q8 group 32                             as it was    f32
+    q6 .. q2  q6 .. q2   q8 group 128                           as it was    f32
+    uniform   any        like the experts                       as it was    f32
 """
 
 from collections import deque
@@ -32,7 +31,7 @@ from .store.writer import StoreWriter
 from .threads import default_threads
 
 PIECE_WEIGHTS = 1 << 20  # weights a thread rounds at a time: 4 MB of float32
-QUANTS = ("q8", "q4", "q3")
+QUANTS = ("q8", "q6", "q5", "q4", "q3", "q2")
 
 
 class BadWeights(ConversionError):
@@ -43,8 +42,8 @@ def make_recipe(quant: str, uniform: bool = False) -> dict:
     """What each kind of matrix is rounded to: {"name", "experts": [format, group], "matrices": [format, group]}."""
     if quant not in QUANTS:
         raise InputError(f"quant is {quant!r}, expected one of {', '.join(QUANTS)}")
-    formats = (quant, quant if uniform else "q8")
-    experts, matrices = ([name, PACKED[name].group] for name in formats)
+    experts = [quant, 32 if quant == "q8" else PACKED[quant].group]
+    matrices = experts if uniform or quant == "q8" else ["q8", PACKED["q8"].group]
     return {"name": f"uniform {quant}" if uniform else quant, "experts": experts, "matrices": matrices}
 
 

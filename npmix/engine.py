@@ -14,7 +14,7 @@ import numpy as np
 from .config import Config
 from .errors import ContextError, EngineError, InputError
 from .model.forward import Forward
-from .model.kv_cache import DTYPES
+from .model.kv_cache import DTYPES, position_bytes
 from .model.weights import Weights
 from .store import open_source
 from .threads import default_threads
@@ -30,7 +30,7 @@ class Engine:
 
     path: a packed store or a Hugging Face folder. threads: default the physical cores this process may use.
     context: positions of the KV cache, default the smaller of the model's maximum and 4,096. chunk: tokens of a
-    prefill step. kv: "f16" or "f32". Raises NpmixError subclasses for whatever is wrong with them.
+    prefill step. kv: "f16", "f32" or "q8" (8 bits). Raises NpmixError subclasses for whatever is wrong with them.
     """
 
     def __init__(self, path, *, threads: int | None = None, context: int | None = None, chunk: int | None = None, kv: str = "f16"):
@@ -178,6 +178,11 @@ class Engine:
         """Bytes of weights that one decoded token reads."""
         self._usable()
         return self._forward.weights.bytes_per_token()
+
+    def bytes_per_position(self) -> int:
+        """Bytes of keys and values of one position, which every later token reads."""
+        self._usable()
+        return position_bytes(self.config, self.kv)
 
     def phase_ticks(self) -> dict[str, int]:
         """Processor ticks that each phase of the kernels took since the engine was opened, and "now", when the last phase ended."""

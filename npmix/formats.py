@@ -6,11 +6,12 @@ Packed formats: a weight is an int8 times a float16 scale per group of G inputs,
 its codes become int8:
 
     q8              w = (code - 128) * scale
-    q5, q6          w = values[code] * scale
-    q2, q3, q4      w = values[code] * multipliers[selector] * scale, a selector for each `per` inputs of a row
+    q4, q6          w = values[code] * multipliers[selector] * scale
+    q2, q3, q5      w = values[selector][code] * scale
 
-`values` is a small table of integers, uneven because weights are; a multiplier is a signed integer, so a
-selector both scales and mirrors the table. All products fit int8, so every kernel sees the same exact integers.
+with a selector for each `per` inputs of a row. Values are small tables of integers, uneven because weights are; a selector
+picks the table, or a signed multiplier that scales and mirrors the one there is, to suit its inputs. All integers
+fit int8, so every kernel sees the same exact ones, and no format has more than 128 of them: one instruction of AVX-512 finds any.
 
 16 rows form a row block and two groups a span; both are the unit of padding (scales 0). A row block is
 one stream of bytes, span after span:
@@ -44,15 +45,15 @@ DENSE = {"f32": 4, "f16": 2, "bf16": 2}  # bytes a weight
 class Packed:
     """A packed format.
 
-    planes: bits of each plane of codes. group: inputs that share a scale unless the recipe says otherwise. values: the int8 of each
-    code, () for code - 128. multipliers: of each selector, () where there are none. per: inputs that share a selector. unit: the scale
-    that most groups of weights with a mean square of 1 get, where the search for theirs starts.
+    planes: bits of each plane of codes. group: inputs that share a scale unless the recipe says otherwise. values: a row of
+    ascending integers by code for each selector, or one for all; () for code - 128. multipliers: of each selector. per: inputs that
+    share a selector. unit: the scale that most groups of weights with a mean square of 1 get, where the search for theirs starts.
     """
 
     name: str
     planes: tuple[int, ...]
     group: int
-    values: tuple[int, ...] = ()
+    values: tuple[tuple[int, ...], ...] = ()
     multipliers: tuple[int, ...] = ()
     per: int = 0
     unit: float = 0.0
@@ -64,7 +65,7 @@ class Packed:
 
     @property
     def selector_bits(self) -> int:
-        return (len(self.multipliers) - 1).bit_length() if self.per else 0
+        return max(0, len(self.multipliers) - 1).bit_length()
 
     @property
     def word(self) -> int:
@@ -78,25 +79,208 @@ class Packed:
 
     @property
     def pad(self) -> int:
-        """The code that fills what lies outside the matrix: that of a weight of 0."""
-        return sum(a + b < 0 for a, b in zip(self.values, self.values[1:])) if self.values else 128
+        """The code that fills what lies outside the matrix: that of a weight of 0 under the first selector."""
+        return sum(a + b < 0 for a, b in zip(self.values[0], self.values[0][1:])) if self.values else 128
 
     @property
     def top(self) -> int:
         """The largest |int8| that a code means."""
-        return max(map(abs, self.values)) * max(map(abs, self.multipliers or (1,))) if self.values else 127
+        return max(max(map(abs, self.row(s))) * abs(m) for s, m in enumerate(self.multipliers)) if self.values else 127
+
+    def row(self, selector: int) -> tuple[int, ...]:
+        """A selector's values, before its multiplier."""
+        return self.values[selector % len(self.values)]
 
     def selector_bytes(self, inputs: int) -> int:
         """Bytes of one row's selectors for so many inputs."""
         return inputs // self.per * self.selector_bits // 8 if self.per else 0
 
 
+# Tables fitted to Gaussian weights (Lloyd's algorithm, scales and selectors chosen anew in each round); `tools/LOG.md` has their errors
+_Q2 = (
+    (-127, -40, 11, 71),
+    (-93, -21, 22, 66),
+    (-112, -52, -8, 34),
+    (-77, -31, 9, 74),
+    (-85, -39, 3, 47),
+    (-60, -20, 15, 54),
+    (-69, -30, -1, 29),
+    (-49, -19, 8, 37),
+    (-33, -7, 19, 49),
+    (-40, -2, 31, 65),
+    (-47, -13, 21, 78),
+    (-64, -8, 36, 78),
+    (-32, 7, 45, 92),
+    (-68, -21, 21, 104),
+    (-53, -2, 48, 126),
+    (-93, -19, 39, 107),
+)
+_Q3 = (
+    (-112, -66, -38, -16, 4, 25, 50, 120),
+    (-102, -52, -29, -9, 9, 29, 51, 75),
+    (-82, -50, -30, -12, 5, 22, 43, 81),
+    (-80, -53, -34, -16, 0, 16, 34, 65),
+    (-72, -47, -26, -11, 4, 20, 36, 54),
+    (-58, -40, -23, -9, 5, 19, 35, 61),
+    (-58, -38, -23, -10, 2, 14, 27, 44),
+    (-45, -30, -18, -7, 3, 14, 26, 39),
+    (-40, -25, -13, -2, 9, 20, 33, 49),
+    (-53, -32, -17, -4, 8, 21, 34, 52),
+    (-47, -32, -18, -5, 9, 25, 43, 65),
+    (-66, -34, -16, -1, 13, 28, 45, 67),
+    (-62, -40, -21, -3, 13, 31, 52, 80),
+    (-75, -41, -23, -6, 10, 27, 49, 97),
+    (-88, -57, -27, -5, 14, 34, 60, 94),
+    (-98, -43, -20, 0, 19, 40, 65, 102),
+)
+_Q5 = (
+    (
+        -55,
+        -46,
+        -38,
+        -34,
+        -30,
+        -27,
+        -24,
+        -21,
+        -18,
+        -15,
+        -12,
+        -10,
+        -8,
+        -5,
+        -3,
+        -1,
+        1,
+        3,
+        6,
+        8,
+        10,
+        13,
+        15,
+        18,
+        21,
+        24,
+        27,
+        30,
+        34,
+        39,
+        50,
+        57,
+    ),
+    (
+        -75,
+        -61,
+        -50,
+        -44,
+        -40,
+        -36,
+        -32,
+        -28,
+        -24,
+        -20,
+        -16,
+        -13,
+        -10,
+        -7,
+        -4,
+        -1,
+        1,
+        4,
+        7,
+        11,
+        14,
+        17,
+        20,
+        24,
+        28,
+        32,
+        36,
+        41,
+        45,
+        53,
+        64,
+        74,
+    ),
+    (
+        -94,
+        -84,
+        -67,
+        -58,
+        -53,
+        -47,
+        -42,
+        -36,
+        -31,
+        -26,
+        -22,
+        -17,
+        -13,
+        -9,
+        -5,
+        -1,
+        2,
+        6,
+        9,
+        13,
+        17,
+        22,
+        26,
+        32,
+        37,
+        43,
+        47,
+        52,
+        59,
+        67,
+        83,
+        97,
+    ),
+    (
+        -127,
+        -104,
+        -88,
+        -79,
+        -71,
+        -63,
+        -55,
+        -48,
+        -40,
+        -34,
+        -28,
+        -22,
+        -17,
+        -12,
+        -7,
+        -2,
+        2,
+        8,
+        13,
+        18,
+        23,
+        29,
+        35,
+        42,
+        48,
+        56,
+        62,
+        71,
+        79,
+        89,
+        106,
+        124,
+    ),
+)
+
 PACKED = {
     format.name: format
     for format in (
         Packed("q8", (8,), 128),
-        Packed("q4", (4,), 128, (-10, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 7, 9, 11), (-5, -4, -3, -2, 2, 3, 4, 5), 8, 0.0578),
-        Packed("q3", (2, 1), 128, (-13, -8, -4, -1, 2, 5, 9, 15), (-8, -7, -6, -6, -5, -4, -4, -3, 2, 3, 4, 5, 5, 6, 7, 8), 16, 0.0248),
+        Packed("q6", (4, 2), 128, (tuple(range(-32, 32)),), (2, 3), 4, 0.0308),
+        Packed("q5", (4, 1), 128, _Q5, (1,) * 4, 8, 0.03),
+        Packed("q4", (4,), 128, ((-10, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 7, 9, 11),), (-5, -4, -3, -2, 2, 3, 4, 5), 8, 0.0578),
+        Packed("q3", (2, 1), 128, _Q3, (1,) * 16, 16, 0.029),
+        Packed("q2", (2,), 128, _Q2, (1,) * 16, 8, 0.0219),
     )
 }
 

@@ -32,7 +32,7 @@ def load(path=None, *, threads: int | None = None, context: int | None = None, c
     """Open a model: a Hugging Face folder or a packed store; without a path the small one that npmix brings.
 
     threads: default the physical cores. context: positions of the KV cache, default the smaller of the model's maximum and
-    4096. chunk: prompt tokens computed at once. kv: "f16" or "f32", how keys and values are kept.
+    4096. chunk: prompt tokens computed at once. kv: "f16", "f32" or "q8" (8 bits), how keys and values are kept.
     Raises a NpmixError that says what is wrong with the folder or an option.
     """
     bundled = path is None or Path(path).resolve() == BUNDLED

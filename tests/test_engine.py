@@ -49,7 +49,7 @@ def test_default_context_of_a_long_model(tmp_path):
     ("threads", (0, -1, 1025, 2.0, "2", True)),
     ("context", (0, -1, 65, 1.5, "16", True)),
     ("chunk", (0, -1, 70000, 2.5, "4", True)),
-    ("kv", ("q8", "F16", "", None, 16, ["f16"])),
+    ("kv", ("q4", "F16", "", None, 16, ["f16"])),
 ])  # fmt: skip
 def test_options_out_of_range(folder, name, values):
     """An option that makes no sense is an InputError that names it; nothing is taken for a default or cut to size."""
@@ -360,11 +360,13 @@ def test_beside_a_host_program_that_uses_prange(folder):
 
 
 def test_memory(folder):
-    """The figures are those of the definition: cache 2 x layers x kv heads x positions (whole blocks of 256) x head_dim x bytes."""
-    for kv, size in (("f16", 2), ("f32", 4)):
+    """The figures are those of the definition: cache 2 x layers x kv heads x positions (whole blocks of 256) x head_dim x bytes;
+    in 8 bits head_dim is padded to 4 in keys and to 32 in values, and a scale is 4 bytes."""
+    for kv, keys, values in (("f16", 32, 32), ("f32", 64, 64), ("q8", 16 + 4, 32 + 4)):
         with Engine(folder, threads=1, kv=kv) as engine:
             memory = engine.memory()
-            assert memory["kv_cache"] == 2 * 3 * 2 * 256 * 16 * size
+            assert memory["kv_cache"] == 3 * 2 * 256 * (keys + values)
+            assert engine.bytes_per_position() == 3 * 2 * 2 * (16 + 4 if kv == "q8" else keys)
             arrays = tiny_arrays({**MODEL_CONFIG, **MODEL})
             assert memory["weights"] == 2 * sum(a.size for a in arrays.values())
             assert 0 < memory["scratch"] < 8 << 20

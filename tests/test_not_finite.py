@@ -50,12 +50,13 @@ def test_broken_weights_outside_the_layers(tmp_path, name, where):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_numbers_that_were_not_finite_are_forgotten(tmp_path):
+@pytest.mark.parametrize("dtype, kv", [("f32", "f32"), ("bf16", "q8")])
+def test_numbers_that_were_not_finite_are_forgotten(tmp_path, dtype, kv):
     """One broken embedding: its token is refused, and neither this sequence nor the next one keeps anything of it."""
     arrays = tiny_arrays({**MODEL_CONFIG, **MODEL})
     arrays["model.embed_tokens.weight"][50] = np.nan
-    path = tiny_hf(tmp_path / "m", arrays=arrays, dtype="f32", **MODEL)
-    with Engine(path, threads=1, kv="f32", chunk=4) as engine:
+    path = tiny_hf(tmp_path / "m", arrays=arrays, dtype=dtype, **MODEL)
+    with Engine(path, threads=1, kv=kv, chunk=4) as engine:
         expected = engine.logits(IDS)
         for call in (lambda: engine.logits([1, 2, 50, 3]), lambda: engine.logits([1, 2, 3, 4, 5, 50]), lambda: engine.step(50)):
             with pytest.raises(NumericsError, match="embeddings"):
@@ -71,11 +72,12 @@ def test_numbers_that_were_not_finite_are_forgotten(tmp_path):
 
 
 def test_saturation(tmp_path):
-    """A value beyond 65,504 is cut in a float16 cache, which `saturated` and one warning tell, and kept in a float32 cache."""
+    """A value beyond 65,504 is cut in a float16 cache, which `saturated` and one warning tell, and kept in a float32
+    and in an 8-bit one."""
     arrays = tiny_arrays({**MODEL_CONFIG, **MODEL})
     arrays["model.layers.1.self_attn.v_proj.weight"] *= 1e6
     path = tiny_hf(tmp_path / "m", arrays=arrays, **MODEL)
-    for kv in ("f16", "f32"):
+    for kv in ("f16", "f32", "q8"):
         for call in ("prefill", "step"):
             with Engine(path, threads=1, kv=kv) as engine:
                 assert not engine.saturated

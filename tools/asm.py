@@ -1,9 +1,10 @@
 """Show a kernel's inner loop as the machine runs it, and count its instructions.
 
-    python tools/asm.py packed q4 128 2 6          the tile of 2 row blocks x 6 tokens
+    python tools/asm.py packed q4 128 2 6         the tile of 2 row blocks x 6 tokens
     python tools/asm.py dense bf16 4 1            4 rows x 1 token
     python tools/asm.py score f16 4               attention scores of 4 query rows (also: value)
-    python tools/asm.py --target aarch64 packed q4 128 1 4       the same for a machine that is not here (the NEON form)
+    python tools/asm.py digits 4                  4 rows of digits x 32 lanes of 8-bit keys or values
+    python tools/asm.py --target aarch64 packed q4 128 1 4      the same for a machine that is not here (the NEON form)
 
 The hottest loop is taken to be the one with the most vector instructions. NUMBA_CPU_NAME, NUMBA_CPU_FEATURES
 and NPMIX_FORM choose the machine and the form, as they do for npmix itself; npmix is imported once they are settled.
@@ -37,7 +38,7 @@ def aim(target: str) -> None:
 
 def kernel(kind: str, args: tuple[str, ...]):
     """The tile named on the command line, and how many int64 arguments it takes."""
-    from npmix.kernels import attention, tile
+    from npmix.kernels import attention, digits, tile
 
     if kind == "packed":
         name, group, blocks, height = args
@@ -45,6 +46,8 @@ def kernel(kind: str, args: tuple[str, ...]):
     if kind == "dense":
         name, rows, height = args
         return tile.dense_tile(name, int(rows), int(height)), 8
+    if kind == "digits":
+        return digits.digit_tile(int(args[0]), True), 9
     kv, rows = args
     return (attention.score_tile(kv, int(rows)), 7) if kind == "score" else (attention.value_tile(kv, int(rows), 4), 9)
 
@@ -103,7 +106,7 @@ def on_stack(body: list[str]) -> int:
 
 
 @click.command()
-@click.argument("kind", type=click.Choice(["packed", "dense", "score", "value"]))
+@click.argument("kind", type=click.Choice(["packed", "dense", "score", "value", "digits"]))
 @click.argument("args", nargs=-1, required=True)
 @click.option("--target", type=click.Choice(list(TARGETS)), help="Compile for this machine instead; NUMBA_CPU_NAME picks its CPU.")
 def main(kind, args, target):

@@ -28,7 +28,7 @@ def phase_bytes(engine, depth: int) -> dict[str, int]:
     seen = min(depth + 1, c.sliding_window or depth + 1)
     return {
         "qkv": size("wq", "wk", "wv"),
-        "attention": seen * c.n_layers * 2 * c.n_kv_heads * c.head_dim * (2 if engine.kv == "f16" else 4),
+        "attention": seen * engine.bytes_per_position(),
         "wo": size("wo"),
         "gate_up": experts["w_gate"] + experts["w_up"] + (size("router") if c.has_router else 0),
         "down": experts["w_down"],

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from ..errors import InputError
 from .compare import LAYOUT
 from .host import machine, weight_formats
-from .needs import KV_BYTES, attention_operations, decode_bytes, prefill_ceiling, prefill_operations, prompt_bytes
+from .needs import attention_operations, decode_bytes, prefill_ceiling, prefill_operations, prompt_bytes
 from .starts import starts
 
 PROMPTS, DEPTHS = (16, 512), (0, 1024)  # as far as the model's positions allow
@@ -328,11 +328,12 @@ def benchmark(
     over the turns is {"median", "min", "max"}. start: also measure cold and warm start, in processes of their own.
     report(text) is called before each step. Raises InputError for settings the model cannot take, and what opening it raises.
     """
+    from ..model.kv_cache import DTYPES
     from ..store import open_source
 
     (turns,) = _numbers("turns", turns, 1, 1 << 20)
-    if kv not in KV_BYTES:
-        raise InputError(f"kv is {kv!r}, expected one of {', '.join(KV_BYTES)}")
+    if kv not in DTYPES:
+        raise InputError(f"kv is {kv!r}, expected one of {', '.join(DTYPES)}")
     with open_source(path) as source:
         config = source.config
         plan = make_plan(config, threads=threads, prompt=prompt, depth=depth, chunk=chunk, tokens=tokens)

@@ -8,14 +8,11 @@ experts and the keys and values once. Prefill is held against the slower of read
 operations a weight and token.
 """
 
-KV_BYTES = {"f16": 2, "f32": 4}
-
 
 def decode_bytes(engine, position: int) -> int:
     """Bytes that decoding the token at `position` has to read: weights, keys and values."""
-    config = engine.config
-    seen = min(position + 1, config.sliding_window or position + 1)
-    return engine.bytes_per_token() + seen * config.n_layers * 2 * config.n_kv_heads * config.head_dim * KV_BYTES[engine.kv]
+    seen = min(position + 1, engine.config.sliding_window or position + 1)
+    return engine.bytes_per_token() + seen * engine.bytes_per_position()
 
 
 def prompt_bytes(engine, tokens: int) -> int:

@@ -29,7 +29,7 @@ def _check_alone(ctx, allowed=("compared", "json_file")) -> None:
 @click.option("--threads", metavar="N,N", type=Numbers(1, 1024), help="Threads to compute with.  [default: physical cores]")
 @click.option("--chunk", metavar="N,N", type=Numbers(1, 1 << 16), help="Prompt tokens computed at a time.  [default: 512]")
 @click.option("--turns", metavar="N", type=click.IntRange(1), default=5, show_default=True, help="Measurements of each figure.")
-@click.option("--kv", type=click.Choice(["f16", "f32"]), default="f16", show_default=True, help="Numbers in the KV cache.")
+@click.option("--kv", type=click.Choice(["f16", "f32", "q8"]), default="f16", show_default=True, help="Numbers in the KV cache.")
 @click.option("--start/--no-start", default=True, help="Whether to measure cold and warm start.  [default: yes]")
 @click.option("--json", "json_file", metavar="FILE", type=FILE, help="Also write the JSON to FILE.")
 @click.option("--compare", "compared", nargs=2, metavar="OLD NEW", type=FILE, help="Measure nothing: compare two files of --json.")

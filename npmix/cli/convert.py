@@ -5,23 +5,24 @@ from pathlib import Path
 import click
 
 from ..errors import NpmixError
+from ..formats import PACKED
 from .notices import ProgressBar, compile_notice, escaped, say, size
 from .options import threads_option
 
 
-@click.command(short_help="Pack a model's weights into 3 to 8 bits.")
+@click.command(short_help="Pack a model's weights into 2 to 8 bits.")
 @click.argument("src", type=click.Path(path_type=Path))
 @click.argument("dst", type=click.Path(path_type=Path))
-@click.option("--quant", type=click.Choice(["q8", "q4", "q3"]), required=True, help="Bits of the experts' weights.")
+@click.option("--quant", type=click.Choice(list(PACKED)), required=True, help="Bits of the experts' weights.")
 @click.option("--uniform", is_flag=True, help="Every matrix like the experts, for comparisons.")
 @click.option("--force", is_flag=True, help="Replace what npmix wrote to DST before.")
 @threads_option
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def convert(src, dst, quant, uniform, force, threads, quiet):
-    """Pack a model's weights into 3 to 8 bits.
+    """Pack a model's weights into 2 to 8 bits.
 
-    SRC is a Hugging Face folder, DST the packed store to make. q8 packs every matrix into 8 bits; q4 packs the experts
-    into 4 bits and the rest into 8, q3 into 3. An interrupted conversion goes on when the same command is given again.
+    SRC is a Hugging Face folder, DST the packed store to make. q8 packs every matrix into 8 bits; q6 to q2 pack
+    the experts into that many and the rest into 8. An interrupted conversion goes on when the same command is given again.
     """
     from .. import convert as conversion
 

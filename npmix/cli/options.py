@@ -65,7 +65,7 @@ def engine_options(command):
     """How the engine is laid out."""
     context = "Positions of the KV cache.  [default: the model's maximum, at most 4096]"
     for option in (
-        click.option("--kv", type=click.Choice(["f16", "f32"]), default="f16", show_default=True, help="Numbers in the KV cache."),
+        click.option("--kv", type=click.Choice(["f16", "f32", "q8"]), default="f16", show_default=True, help="Numbers in the KV cache."),
         click.option("--chunk", metavar="N", type=click.IntRange(1), help="Prompt tokens computed at a time."),
         click.option("--context", metavar="N", type=click.IntRange(1), help=context),
     ):

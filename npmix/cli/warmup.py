@@ -29,7 +29,7 @@ def warmup(model, threads, quiet):
     with open_source(path) as source:
         context = min(2 * PROMPT_TOKENS, source.config.max_positions)
     with compile_notice(quiet) as compiled:
-        for kv in ("f16", "f32"):
+        for kv in ("f16", "f32", "q8"):
             with Engine(path, threads=threads, context=context, kv=kv) as engine:
                 count = min(PROMPT_TOKENS, engine.context - 1)
                 engine.prefill([i % engine.config.vocab_size for i in range(count)])

@@ -7,9 +7,9 @@ Positions a query must not see get weight exactly 0 and add exactly nothing.
 Scores are in base 2 (the query carries log2(e) / sqrt(head_dim)): softmax by the running maximum of
 Milakov & Gimelshein 2018 (arXiv 1805.02867).
 
-The cache of one layer and kv head, S positions a multiple of BLOCK:
-    keys    [S / 64][head_dim][64]   64 positions side by side: a score is a chain over head_dim in each lane
-    values  [S][V_WIDTH]             head_dim padded to 16: the output is a chain over positions in each lane
+In the cache (layout: `model/kv_cache.py`) 64 positions' keys lie side by side, so a score is a chain over head_dim in each lane;
+a position's values are a row, so the output is a chain over positions in each lane. Of 8-bit numbers both are exact integers
+(`digits.py`): a key's scale multiplies its score, a value's scale its weight.
 """
 
 import functools
@@ -19,6 +19,8 @@ from numba.core import cgutils
 from numpy import float32 as F
 
 from ._jit import njit
+from .cache import BLOCK, CELL, KINDS, STRIP
+from .digits import digit_tile, to_digits
 from .ops import (
     add,
     exp2,
@@ -56,14 +58,13 @@ from .simd import (
     void,
 )
 
-BLOCK = 256  # positions of a block: its merge costs one part in 128 of its work at head_dim 128
-STRIP = 64  # positions that lie side by side in the keys
 TALLEST = 6  # query rows of the tallest tile: 6 x 4 accumulators of 32 registers
 FETCHING = 4  # rows from which a tile also fetches what comes next: with fewer, memory is the limit already (Zen 4: 33 GB/s fell to 24)
 
+# kind: how 16 numbers become float32, and their NumPy type
 _LOAD = {
-    "f16": (2, emit_load_f16, np.float16),
-    "f32": (4, lambda b, p: load(b, p, vector("f32", 16)), np.float32),
+    "f16": (emit_load_f16, np.float16),
+    "f32": (lambda b, p: load(b, p, vector("f32", 16)), np.float32),
 }
 
 
@@ -73,7 +74,7 @@ def score_tile(kv, rows):
 
     ahead: what to fetch meanwhile, as many bytes as the strip has.
     """
-    size, emit_load, dtype = _LOAD[kv]
+    size, (emit_load, dtype) = KINDS[kv][0], _LOAD[kv]
 
     def emit(builder, q, q_bytes, keys, dim, out, out_bytes, ahead):
         zero = const_vector("f32", 16, 0.0)
@@ -110,7 +111,7 @@ def value_tile(kv, rows, vectors):
 
     ahead: what to fetch meanwhile, laid out like the values.
     """
-    size, emit_load, dtype = _LOAD[kv]
+    size, (emit_load, dtype) = KINDS[kv][0], _LOAD[kv]
 
     def emit(builder, p, p_bytes, values, width, begin, end, out, out_bytes, ahead):
         zero = const_vector("f32", 16, 0.0)
@@ -207,13 +208,23 @@ def attend(kv):
     """A kernel (q, q_bytes, rows, offset, position, heads, window, start, capacity, keys, values, dim, width, scores, parts).
 
     One block of positions start..start + BLOCK for `rows` (at most TALLEST) queries. Row r belongs to the token at
-    position + (offset + r) // heads. keys, values: of this kv head, position s at s % capacity. scores: scratch,
-    TALLEST x BLOCK. parts: per row 16 + width float32: max, sum, then the weighted values.
+    position + (offset + r) // heads. keys, values: of this kv head, position s at s % capacity. scores: `scores_bytes` of
+    scratch. parts: per row 16 + width float32: max, sum, then the weighted values.
     """
+    return _attend_codes() if kv == "q8" else _attend_plain(kv)
+
+
+def scores_bytes(dim: int) -> int:
+    """Bytes of scratch that `attend` needs: TALLEST rows of scores, and the digits of as many queries."""
+    return TALLEST * (4 * BLOCK + (dim + 15) // 16 * 32 + 64)
+
+
+@functools.lru_cache(maxsize=None)
+def _attend_plain(kv):
     s1, s2, s4, s6 = [score_tile(kv, r) for r in (1, 2, 4, 6)]
     v1, v2, v4, v6 = [value_tile(kv, r, 4) for r in (1, 2, 4, 6)]
     tail = value_tile(kv, 1, 1)
-    size = _LOAD[kv][0]
+    size = KINDS[kv][0]
 
     @njit
     def scores_of(rows, q, q_bytes, keys, dim, out, ahead):
@@ -272,5 +283,73 @@ def attend(kv):
         end = min(BLOCK, last + 1 - start)  # no further: weight 0 times a NaN that an earlier sequence left there is NaN
         at = values + slot * values_bytes
         values_of(rows, scores, at, width, begin, end, parts + 64, 4 * (16 + width), keys + following * keys_bytes)
+
+    return attend_block
+
+
+@njit
+def scale_row(row, scales, begin, end):
+    """row[s] *= scales[s] for begin <= s < end, multiples of 16."""
+    for s in range(4 * begin, 4 * end, 64):
+        store_f32(row + s, mul(load_f32(row + s), load_f32(scales + s)))
+
+
+@functools.lru_cache(maxsize=None)
+def _attend_codes():
+    """`attend` over 8-bit keys and values: queries and weights become digits, once a block."""
+    d1, d2, d4, d6 = [digit_tile(r, r >= FETCHING) for r in (1, 2, 4, 6)]
+
+    @njit
+    def products(rows, x, x_bytes, tail, codes, begin, end, out, out_bytes, ahead):
+        r = 0
+        while r < rows:
+            at, its_tail, to = x + r * x_bytes, tail + r * x_bytes, out + r * out_bytes
+            if rows - r >= 6:
+                d6(at, x_bytes, its_tail, codes, begin, end, to, out_bytes, ahead)
+                r += 6
+            elif rows - r >= 4:
+                d4(at, x_bytes, its_tail, codes, begin, end, to, out_bytes, ahead)
+                r += 4
+            elif rows - r >= 2:
+                d2(at, x_bytes, its_tail, codes, begin, end, to, out_bytes, ahead)
+                r += 2
+            else:
+                d1(at, x_bytes, its_tail, codes, begin, end, to, out_bytes, ahead)
+                r += 1
+
+    @njit
+    def attend_block(q, q_bytes, rows, offset, position, heads, window, start, capacity, keys, values, dim, width, scores, parts):
+        last = position + (offset + rows - 1) // heads
+        begin = max(0, position + offset // heads - window + 1 - start) // STRIP * STRIP
+        end = min(BLOCK, (last + 1 - start + STRIP - 1) // STRIP * STRIP)
+        limit = min(BLOCK, last + 1 - start)  # no further: weight 0 times a NaN that an earlier sequence left there is NaN
+        slot, following = start % capacity, (start + BLOCK) % capacity
+        words, padded = (dim + 3) // 4, (dim + 15) // 16 * 16
+        keys_bytes, values_bytes = 4 * words + 4, width + 4  # of one position, with its scale
+        ahead = keys + following * keys_bytes
+        keys, values = keys + slot * keys_bytes, values + slot * values_bytes
+        digits, digits_bytes = scores + 4 * TALLEST * BLOCK, 2 * padded + 64
+        for r in range(rows):
+            at, to = q + r * q_bytes, digits + r * digits_bytes
+            if dim < padded:
+                at = scores
+                for i in range(padded):
+                    put_f32(at + 4 * i, get_f32(q + r * q_bytes + 4 * i) if i < dim else F(0.0))
+            to_digits(at, padded, to, to + 2 * padded)
+        for s in range(begin, end, CELL):
+            at, to = keys + 4 * words * s, scores + 4 * s
+            products(rows, digits, digits_bytes, digits + 2 * padded, at, 0, words, to, 4 * BLOCK, values + width * s)
+        part_bytes = 4 * (16 + width)
+        for r in range(rows):
+            own, row = position + (offset + r) // heads - start, scores + 4 * BLOCK * r
+            scale_row(row, keys + 4 * words * BLOCK, begin, end)
+            softmax_row(row, begin, end, own - window + 1, own + 1, parts + r * part_bytes)
+            scale_row(row, values + width * BLOCK, begin, end)
+            for s in range(limit, end):
+                put_f32(row + 4 * s, F(0.0))
+            to_digits(row + 4 * begin, end - begin, row + 2 * begin, row + 2 * BLOCK)
+        for lane in range(0, width, CELL):
+            at, to = values + lane * BLOCK, parts + 64 + 4 * lane
+            products(rows, scores, 4 * BLOCK, scores + 2 * BLOCK, at, begin // 4, (limit + 3) // 4, to, part_bytes, ahead + lane * BLOCK)
 
     return attend_block

@@ -21,6 +21,7 @@ from .phases import (
     end_phase,
     expert_units,
     head_row,
+    keys_of,
     norm_and_check,
     norm_and_quantise,
     qkv_blocks,
@@ -28,6 +29,7 @@ from .phases import (
     scratch,
     source_of,
     unit_to_acts,
+    values_of,
 )
 from .rows import quantise_row
 from .tables import *  # noqa: F403  (the columns)
@@ -38,13 +40,13 @@ HEAD_UNIT = 32  # row blocks of the output matrix
 
 
 @njit(inline=True)
-def decode(mm, embed, attend_block, write, kv_size, m, layers, token, position, first, last, logits, index, members):
+def decode(mm, embed, attend_block, put_key, put_value, m, layers, token, position, first, last, logits, index, members):
     """Layers first..last of one token; it is embedded when first is 0; `logits`: where to write them, or 0."""
     if first == 0 and index == 0:
         embed(m[EMBEDDINGS], token, m[DIM], m[X], scratch(m, S_PANEL, index))
     end_phase(m, T_EMBED, index, members)
     for layer in range(first, last):
-        attention(mm, attend_block, write, kv_size, m, layers, layer, layer - first, position, index, members)
+        attention(mm, attend_block, put_key, put_value, m, layers, layer, layer - first, position, index, members)
         feed_forward(mm, m, layers, layer, layer - first, index, members)
     if logits:
         head(mm, m, logits, index, members)
@@ -60,7 +62,7 @@ def take(m, counter, items, round, members):
 
 
 @njit(inline=True)
-def attention(mm, attend_block, write, kv_size, m, layers, layer, round, position, index, members):
+def attention(mm, attend_block, put_key, put_value, m, layers, layer, round, position, index, members):
     row, act = scratch(m, S_ROW, index), scratch(m, S_ACT, index)
     norm_and_quantise(m, m[X], layers[layer, ATTENTION_NORM], source_of(layer), m[GROUP_0 + layers[layer, WQ_SLOT]], row, act)
     q, kv = m[Q_WIDTH] // 16, m[KV_WIDTH] // 16
@@ -72,9 +74,9 @@ def attention(mm, attend_block, write, kv_size, m, layers, layer, round, positio
             qkv_blocks(mm, m, layers, layer, which, low, high, act, ONE, m[QKV], NONE, NONE)
     end_phase(m, T_QKV, index, members)
     for item in range(index, m[N_HEADS] + 2 * m[N_KV_HEADS], members):
-        head_row(m, kv_size, write, layer, item, m[QKV], NONE, position, scratch(m, S_SCORES, index))
+        head_row(m, put_key, put_value, layer, item, m[QKV], NONE, position, scratch(m, S_SCORES, index))
     end_phase(m, T_ROPE, index, members)
-    blocks(attend_block, kv_size, m, layer, round, position, index, members)
+    blocks(attend_block, m, layer, round, position, index, members)
     end_phase(m, T_ATTENTION, index, members)
     oldest = max(0, position - m[WINDOW] + 1) // BLOCK
     running, part_bytes = scratch(m, S_RUNNING, index), 4 * (16 + m[V_WIDTH])
@@ -93,7 +95,7 @@ def attention(mm, attend_block, write, kv_size, m, layers, layer, round, positio
 
 
 @njit(inline=True)
-def blocks(attend_block, kv_size, m, layer, round, position, index, members):
+def blocks(attend_block, m, layer, round, position, index, members):
     """Attention's blocks of positions by kv head, each result in its own place of PARTS."""
     dim, width, capacity = m[HEAD_DIM], m[V_WIDTH], m[CAPACITY]
     shared = m[N_HEADS] // m[N_KV_HEADS]
@@ -103,8 +105,7 @@ def blocks(attend_block, kv_size, m, layer, round, position, index, members):
     item = take(m, COUNT_ATTENTION, items, round, members)
     while item < items:
         head, b = item // count, item % count
-        keys = m[KEYS] + layer * m[KEYS_LAYER_BYTES] + kv_size * capacity * head * dim
-        values = m[VALUES] + layer * m[VALUES_LAYER_BYTES] + kv_size * capacity * head * width
+        keys, values = keys_of(m, layer, head), values_of(m, layer, head)
         q = m[Q] + 4 * dim * head * m[CHUNK] * shared
         for r in range(0, shared, TALLEST):
             rows = min(TALLEST, shared - r)

@@ -31,12 +31,17 @@ def emit_dot4(builder, acc, codes, inputs):
     return _plain_dot4(builder, acc, codes, inputs)
 
 
+def takes_signed():
+    """Whether the form takes 128 off the codes itself, so that accumulators start at 0."""
+    return cpu.form() in ("avx2", "neon")
+
+
 START = -128  # a group's sum of inputs is kept times this: what accumulators of codes that are int8 + 128 start from
 
 
 def emit_dot_start(builder, address):
     """What an accumulator starts from, all lanes; address: int32, START times the sum of the group's inputs."""
-    if cpu.form() in ("avx2", "neon"):
+    if takes_signed():
         return const_vector("i32", 16, 0)
     return splat(builder, load(builder, address, scalar("i32")))
 

@@ -9,11 +9,12 @@ import functools
 from ..formats import PACKED
 from ._jit import DISABLED, njit
 from .attention import attend
+from .cache import cache_rows
 from .decode import decode
 from .phases import matmul_by_slot, start_clock
 from .prefill import head, prefill
 from .proof import prove
-from .rows import cache_write, embedder
+from .rows import embedder
 from .simd import i64
 
 DECODE, PREFILL, HEAD = range(3)
@@ -28,16 +29,16 @@ def entry(slots, embeddings, kv):
     work PREFILL: tokens, position, layer, skip, unused (`prefill.prefill`).
     work HEAD: first token, tokens, address of the logits, bytes from one token's to the next's, unused (`prefill.head`).
     """
-    mm, embed, attend_block, write = matmul_by_slot(slots), embedder(*embeddings), attend(kv), cache_write(kv)
-    kv_size = 2 if kv == "f16" else 4
+    mm, embed, attend_block = matmul_by_slot(slots), embedder(*embeddings), attend(kv)
+    put_key, put_value = cache_rows(kv)
 
     @njit(entry=f"{slots} {embeddings} {kv}")
     def run(work, m, layers, a, b, c, d, e, index, members):
         start_clock(m, index)
         if work == DECODE:
-            decode(mm, embed, attend_block, write, kv_size, m, layers, a, b, c, d, e, index, members)
+            decode(mm, embed, attend_block, put_key, put_value, m, layers, a, b, c, d, e, index, members)
         elif work == PREFILL:
-            prefill(mm, embed, attend_block, write, kv_size, m, layers, a, b, c, d, index, members)
+            prefill(mm, embed, attend_block, put_key, put_value, m, layers, a, b, c, d, index, members)
         else:
             head(mm, m, a, b, c, d, index, members)
 

@@ -11,7 +11,6 @@ from numpy import float32 as F
 
 from ..formats import EXPERT_UNIT, SHARED
 from ._jit import njit
-from .attention import STRIP
 from .matmul import absent, matmul
 from .ops import add, get_f32, get_i64, load_f32, put_f32, put_i64, store_f32, ticks
 from .router import choose
@@ -98,8 +97,19 @@ def qkv_blocks(mm, m, layers, layer, which, first, last, acts, tokens, out, out_
         mm(layers[layer, WV_SLOT], layers[layer, WV], rows, m[DIM], first, last, acts, tokens, at, out_bytes, panel)
 
 
+@njit(inline=True)
+def keys_of(m, layer, head):
+    """Where the cached keys of one layer and kv head lie."""
+    return m[KEYS] + (layer * m[N_KV_HEADS] + head) * m[KEYS_HEAD_BYTES]
+
+
+@njit(inline=True)
+def values_of(m, layer, head):
+    return m[VALUES] + (layer * m[N_KV_HEADS] + head) * m[VALUES_HEAD_BYTES]
+
+
 @njit
-def head_row(m, kv_size, write, layer, item, qkv, t, position, temp):
+def head_row(m, put_key, put_value, layer, item, qkv, t, position, temp):
     """RoPE and placement of one head of one token: items are the query heads, then the key heads, then the value heads."""
     dim, heads, kv_heads = m[HEAD_DIM], m[N_HEADS], m[N_KV_HEADS]
     half = dim // 2
@@ -110,19 +120,14 @@ def head_row(m, kv_size, write, layer, item, qkv, t, position, temp):
         to = m[Q] + 4 * dim * ((item // shared * m[CHUNK] + t) * shared + item % shared)
         rope(qkv + 4 * dim * item, cos_sin, half, get_f32(m[NUMBERS] + 4), to)
         return
-    saturated = 0
     if item < heads + kv_heads:
         head = item - heads
         rope(qkv + 4 * (m[Q_WIDTH] + dim * head), cos_sin, half, F(1.0), temp)
-        to = m[KEYS] + layer * m[KEYS_LAYER_BYTES] + kv_size * (m[CAPACITY] * head * dim + slot // STRIP * STRIP * dim + slot % STRIP)
-        for i in range(dim):
-            saturated |= write(get_f32(temp + 4 * i), to + kv_size * STRIP * i)
+        saturated = put_key(temp, dim, keys_of(m, layer, head), slot, temp)
     else:
         head = item - heads - kv_heads
         row = qkv + 4 * (m[Q_WIDTH] + m[KV_WIDTH] + dim * head)
-        to = m[VALUES] + layer * m[VALUES_LAYER_BYTES] + kv_size * (m[CAPACITY] * head + slot) * m[V_WIDTH]
-        for i in range(dim):
-            saturated |= write(get_f32(row + 4 * i), to + kv_size * i)
+        saturated = put_value(row, dim, m[V_WIDTH], values_of(m, layer, head), slot, temp)
     if saturated:
         put_i64(m[STATUS] + SATURATED, 1)
 

@@ -24,6 +24,7 @@ from .phases import (
     end_phase,
     expert_units,
     head_row,
+    keys_of,
     norm_and_check,
     norm_and_quantise,
     qkv_blocks,
@@ -31,6 +32,7 @@ from .phases import (
     scratch,
     source_of,
     unit_to_acts,
+    values_of,
 )
 from .rows import put_in_tile, quantise_row
 from .tables import *  # noqa: F403  (the columns)
@@ -40,15 +42,15 @@ QUERY_ROWS = 64  # query rows (tokens x heads of one kv head) a member takes at 
 
 
 @njit(inline=True)
-def prefill(mm, embed, attend_block, write, kv_size, m, layers, tokens, position, layer, skip, index, members):
+def prefill(mm, embed, attend_block, put_key, put_value, m, layers, tokens, position, layer, skip, index, members):
     """One layer of the chunk in TOKENS, whose first token stands at `position`. Layer 0 embeds. Counters must be 0."""
     if layer == 0:
         for t in range(index, tokens, members):
             token, at = get_i32(m[TOKENS] + 4 * t), m[X] + 4 * m[X_WIDTH] * t
             embed(m[EMBEDDINGS], token, m[DIM], at, scratch(m, S_PANEL, index))
         end_phase(m, T_EMBED, index, members)
-    project(mm, write, kv_size, m, layers, layer, tokens, position, skip, index, members)
-    attention(attend_block, kv_size, m, layer, tokens, position, skip, index, members)
+    project(mm, put_key, put_value, m, layers, layer, tokens, position, skip, index, members)
+    attention(attend_block, m, layer, tokens, position, skip, index, members)
     attention_output(mm, m, layers, layer, tokens, skip, index, members)
     choose_experts(mm, m, layers, layer, tokens, skip, index, members)
     experts(mm, m, layers, layer, tokens - skip, skip, index, members)
@@ -84,7 +86,7 @@ def norm_tiles(m, weight, source, group, first, tokens, acts, index, members):
 
 
 @njit(inline=True)
-def project(mm, write, kv_size, m, layers, layer, tokens, position, skip, index, members):
+def project(mm, put_key, put_value, m, layers, layer, tokens, position, skip, index, members):
     """q, k, v of the chunk, RoPE, cache."""
     group = m[GROUP_0 + layers[layer, WQ_SLOT]]
     weight, source, few = layers[layer, ATTENTION_NORM], source_of(layer), m[ACTS] + tokens * act_bytes(m[DIM], group)
@@ -110,12 +112,12 @@ def project(mm, write, kv_size, m, layers, layer, tokens, position, skip, index,
     temp = scratch(m, S_SCORES, index)
     for t in range(index, tokens, members):
         for item in range(0 if t >= skip else m[N_HEADS], m[N_HEADS] + 2 * m[N_KV_HEADS]):
-            head_row(m, kv_size, write, layer, item, m[QKV] + qkv_bytes * t, t, position + t, temp)
+            head_row(m, put_key, put_value, layer, item, m[QKV] + qkv_bytes * t, t, position + t, temp)
     end_phase(m, T_ROPE, index, members)
 
 
 @njit(inline=True)
-def attention(attend_block, kv_size, m, layer, tokens, position, skip, index, members):
+def attention(attend_block, m, layer, tokens, position, skip, index, members):
     """Units of (kv head, run of tokens), the longest first; each walks its blocks with a running result per row."""
     dim, width, capacity = m[HEAD_DIM], m[V_WIDTH], m[CAPACITY]
     shared = m[N_HEADS] // m[N_KV_HEADS]
@@ -128,8 +130,7 @@ def attention(attend_block, kv_size, m, layer, tokens, position, skip, index, me
         head = unit % m[N_KV_HEADS]
         first = skip + (runs - 1 - unit // m[N_KV_HEADS]) * step
         rows = min(step, tokens - first) * shared
-        keys = m[KEYS] + layer * m[KEYS_LAYER_BYTES] + kv_size * capacity * head * dim
-        values = m[VALUES] + layer * m[VALUES_LAYER_BYTES] + kv_size * capacity * head * width
+        keys, values = keys_of(m, layer, head), values_of(m, layer, head)
         q = m[Q] + 4 * dim * shared * (head * m[CHUNK] + first)
         at = position + first
         for r in range(rows):

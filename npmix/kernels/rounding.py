@@ -29,7 +29,7 @@ from .ops import (
     sub,
     sum_f32,
 )
-from .simd import F32, call, const_i64, const_vector, i64, load, op, peek, poke, scalar, shuffle, store, vector, void
+from .packing import copysign, nearest_of, pack_chunk, pack_selectors, root, rows_table, store_f16, where_greater
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 _LARGEST_HALF, _SMALLEST_HALF = np.float32(65504.0), np.float32(2.0**-24)
@@ -42,109 +42,8 @@ _WEIGHTS, _CODES, _SELECTORS = 0, 64 * 128, 64 * 256
     _ERROR, _PRODUCT, _NORM,
     _BEST_ERROR, _BEST_PRODUCT, _BEST_NORM,
     _SUB_ERROR, _SUB_PRODUCT, _SUB_NORM,
-) = range(_SELECTORS + 64 * 16, _SELECTORS + 64 * 29, 64)  # fmt: skip
-_SCRATCH_BYTES = _SELECTORS + 64 * 29
-
-
-# ---- operations that only rounding needs ---------------------------------------------------------
-
-
-@op(F32, (F32, F32), np.copysign)
-def copysign(b, size, sign):
-    """`size` with the sign of `sign`."""
-    return call(b, "llvm.copysign.v16f32", size.type, size, sign)
-
-
-@op(F32, (F32, F32, F32, F32), lambda a, c, x, y: np.where(a > c, x, y))
-def where_greater(b, a, c, x, y):
-    """x where a > c, else y."""
-    return b.select(b.fcmp_ordered(">", a, c), x, y)
-
-
-@op(F32, (F32,), np.sqrt)
-def root(b, x):
-    return call(b, "llvm.sqrt.v16f32", x.type, x)
-
-
-@op(void, (i64, F32), lambda p, v: poke(p, v.astype(np.float16)))
-def store_f16(b, p, v):
-    """16 float16, rounded half to even."""
-    store(b, b.fptrunc(v, vector("f16", 16)), p)
-
-
-@functools.lru_cache(maxsize=None)
-def nearest_of(name, codes):
-    """op(z): the value of a format's table nearest to each z (codes: its place in the table), the lower one in the middle."""
-    values = np.array(PACKED[name].values, np.float32)
-    middles = (values[1:] + values[:-1]) * np.float32(0.5)
-    results = np.arange(len(values), dtype=np.float32) if codes else values
-
-    def emit(b, z):
-        found = const_vector("f32", 16, float(results[0]))
-        for middle, step in zip(middles, np.diff(results)):  # sums of small integers are exact
-            above = b.fcmp_ordered(">", z, const_vector("f32", 16, float(middle)))
-            found = b.fadd(found, b.select(above, const_vector("f32", 16, float(step)), const_vector("f32", 16, 0.0)))
-        return found
-
-    return op(F32, (F32,), lambda z: results[(z > middles[:, None]).sum(0)])(emit)
-
-
-@functools.lru_cache(maxsize=None)
-def pack_chunk(name):
-    """op(codes, out): a chunk's codes, float32 in vectors of 16 rows, as the planes' lines."""
-    spec = PACKED[name]
-
-    def emit(b, codes, out):
-        lanes = []
-        for i in range(CHUNK // 4):  # 4 inputs a lane, a byte each
-            four = [b.fptosi(load(b, b.add(codes, const_i64(64 * (4 * i + j))), vector("f32", 16)), vector("i32", 16)) for j in range(4)]
-            for j in (1, 2, 3):
-                four[0] = b.or_(four[0], b.shl(four[j], const_vector("i32", 16, 8 * j)))
-            lanes.append(four[0])
-        low, at = 0, 0
-        for p in spec.planes:
-            mask = const_vector("i32", 16, ((1 << p) - 1) * 0x01010101)
-            for first in range(0, len(lanes), 8 // p):
-                line = const_vector("i32", 16, 0)
-                for j in range(8 // p):
-                    part = b.and_(b.lshr(lanes[first + j], const_vector("i32", 16, low)), mask)
-                    line = b.or_(line, b.shl(part, const_vector("i32", 16, p * j)))
-                store(b, line, b.add(out, const_i64(at)))
-                at += 64
-            low += p
-
-    def twin(codes, out):
-        given = peek(codes, np.float32, 16 * CHUNK).astype(np.uint8).reshape(-1, 4, 16).transpose(0, 2, 1)
-        low, lines = 0, []
-        for p in spec.planes:
-            part = (given >> low & (1 << p) - 1).reshape(-1, 8 // p, 64)
-            lines.append((part << p * np.arange(8 // p, dtype=np.uint8)[:, None]).sum(1, dtype=np.uint8))
-            low += p
-        poke(out, np.concatenate(lines))
-
-    return op(void, (i64, i64), twin)(emit)
-
-
-@functools.lru_cache(maxsize=None)
-def pack_selectors(name):
-    """op(selectors, out): a word's selectors, float32 in vectors of 16 rows, as one number a row."""
-    spec = PACKED[name]
-    count, size = spec.word // spec.per, spec.selector_bytes(spec.word)
-
-    def emit(b, selectors, out):
-        lane = const_vector("i32", 16, 0)
-        for i in range(count):
-            one = b.fptosi(load(b, b.add(selectors, const_i64(64 * i)), vector("f32", 16)), vector("i32", 16))
-            lane = b.or_(lane, b.shl(one, const_vector("i32", 16, spec.selector_bits * i)))
-        data = shuffle(b, b.bitcast(lane, vector("i8", 64)), [4 * r + byte for r in range(16) for byte in range(size)])
-        store(b, data, out)
-
-    def twin(selectors, out):
-        given = peek(selectors, np.float32, 16 * count).astype(np.uint32).reshape(count, 16)
-        lane = (given << spec.selector_bits * np.arange(count, dtype=np.uint32)[:, None]).sum(0, dtype=np.uint32)
-        poke(out, lane.view(np.uint8).reshape(16, 4)[:, :size].copy())
-
-    return op(void, (i64, i64), twin)(emit)
+) = range(_SELECTORS + 64 * 32, _SELECTORS + 64 * 45, 64)  # fmt: skip
+_SCRATCH_BYTES = _SELECTORS + 64 * 45
 
 
 # ---- one group of 16 rows ------------------------------------------------------------------------
@@ -194,32 +93,21 @@ def _round_q8(group, scratch):
 
 
 @functools.lru_cache(maxsize=None)
-def _rounder(name):
-    """A kernel (group, importance, scratch): scale, selectors and codes of the group in scratch."""
-    spec = PACKED[name]
-    if not spec.values:
-
-        @njit
-        def plain(group, importance, scratch):
-            _round_q8(group, scratch)
-
-        return plain
-    value, code = nearest_of(name, False), nearest_of(name, True)
-    multipliers = np.array(spec.multipliers or (1,), np.float32)
-    count, per, unit = len(multipliers), spec.per, np.float32(spec.unit)
-    ratios = np.array([unit * np.float32(ratio) for ratio in RATIOS], np.float32)
-    least = np.float32(1 / spec.top)
+def _measurer(name):
+    """A kernel (group, importance, rows, scratch): error and sums under the scale at _TRY, each sub-block's best selector at _SELECTORS."""
+    spec, value = PACKED[name], nearest_of(name, False)
+    multipliers, per, row_bytes = np.array(spec.multipliers, np.float32), spec.per, 4 * rows_table(name).shape[1]
 
     @njit
-    def sub_block(x, v, inputs, m, scale, scratch):
-        """Error, sum(v w q) and sum(v q q) of one sub-block under one multiplier."""
+    def sub_block(x, v, m, row, scale, scratch):
+        """Error, sum(v w q) and sum(v q q) of one sub-block under one selector."""
         factor = mul(scale, splat_f32(m))
         inverse = div(splat_f32(_ONE), factor)
         error, product, norm = splat_f32(_ZERO), splat_f32(_ZERO), splat_f32(_ZERO)
-        for k in range(inputs):
+        for k in range(per):
             w, weight = load_f32(x + 64 * k), splat_f32(get_f32(v + 4 * k))
             z = mul(w, inverse)
-            q = value(z)
+            q = value(z, row)
             miss = sub(z, q)
             error = add(error, mul(mul(miss, miss), weight))
             product = add(product, mul(mul(q, w), weight))
@@ -229,16 +117,15 @@ def _rounder(name):
         store_f32(scratch + _SUB_NORM, mul(norm, splat_f32(m * m)))
 
     @njit
-    def measure(group, importance, scratch):
-        """Error and sums under the scale at _TRY, the best selector of each sub-block at _SELECTORS."""
-        scale, inputs = load_f32(scratch + _TRY), per if per else group
+    def measure(group, importance, rows, scratch):
+        scale = load_f32(scratch + _TRY)
         total, products, norms = splat_f32(_ZERO), splat_f32(_ZERO), splat_f32(_ZERO)
-        for i in range(group // inputs):
-            x, v = scratch + _WEIGHTS + 64 * inputs * i, importance + 4 * inputs * i
+        for i in range(group // per):
+            x, v = scratch + _WEIGHTS + 64 * per * i, importance + 4 * per * i
             error, product, norm = splat_f32(np.float32(np.inf)), splat_f32(_ZERO), splat_f32(_ZERO)
             selector = splat_f32(_ZERO)
-            for s in range(count):
-                sub_block(x, v, inputs, multipliers[s], scale, scratch)
+            for s in range(len(multipliers)):
+                sub_block(x, v, multipliers[s], rows + row_bytes * s, scale, scratch)
                 found = load_f32(scratch + _SUB_ERROR)
                 selector = where_greater(error, found, splat_f32(np.float32(s)), selector)
                 product = where_greater(error, found, load_f32(scratch + _SUB_PRODUCT), product)
@@ -250,18 +137,64 @@ def _rounder(name):
         store_f32(scratch + _PRODUCT, products)
         store_f32(scratch + _NORM, norms)
 
+    return measure
+
+
+@functools.lru_cache(maxsize=None)
+def _rounder(name):
+    """A kernel (group, valid, importance, rows, scratch): scale, selectors and codes of the group in scratch, `valid` inputs of it real."""
+    spec = PACKED[name]
+    if not spec.values:
+
+        @njit
+        def plain(group, valid, importance, rows, scratch):
+            _round_q8(group, scratch)
+
+        return plain
+    measure, code, per, pad = _measurer(name), nearest_of(name, True), spec.per, np.float32(spec.pad)
+    multipliers, row_bytes = np.array(spec.multipliers, np.float32), 4 * rows_table(name).shape[1]
+    ratios = np.array([np.float32(spec.unit) * np.float32(ratio) for ratio in RATIOS], np.float32)
+    least = np.float32(1 / spec.top)
+
     @njit
-    def consider(scale, group, importance, scratch):
+    def consider(scale, group, importance, rows, scratch):
         """Measure a scale and keep it if it is better than the best so far."""
         store_f32(scratch + _TRY, scale)
-        measure(group, importance, scratch)
+        measure(group, importance, rows, scratch)
         old, new = load_f32(scratch + _BEST_ERROR), load_f32(scratch + _ERROR)
         for kept, found in ((_SCALE, _TRY), (_BEST_PRODUCT, _PRODUCT), (_BEST_NORM, _NORM)):
             store_f32(scratch + kept, where_greater(old, new, load_f32(scratch + found), load_f32(scratch + kept)))
         store_f32(scratch + _BEST_ERROR, minimum(new, old))
 
     @njit
-    def search(group, importance, scratch):
+    def write_codes(group, valid, rows, scratch):
+        """Codes under the scale and the selectors in scratch; zeros have the padding's selector, inputs that do not exist its code."""
+        scale, zero = load_f32(scratch + _SCALE), splat_f32(_ZERO)
+        for i in range(group // per):
+            chosen = where_greater(load_f32(scratch + _LARGEST), zero, load_f32(scratch + _SELECTORS + 64 * i), zero)
+            store_f32(scratch + _SELECTORS + 64 * i, chosen)
+            for k in range(per * i, per * i + per):
+                store_f32(scratch + _CODES + 64 * k, splat_f32(pad))
+            for s in range(len(multipliers)):
+                other = absolute(sub(chosen, splat_f32(np.float32(s))))
+                inverse = div(splat_f32(_ONE), mul(scale, splat_f32(multipliers[s])))
+                for k in range(per * i, min(per * i + per, valid)):
+                    found = code(mul(load_f32(scratch + _WEIGHTS + 64 * k), inverse), rows + row_bytes * s)
+                    at = scratch + _CODES + 64 * k
+                    store_f32(at, where_greater(other, zero, load_f32(at), found))
+
+    @njit
+    def fair_scale(group, importance, scratch):
+        """sum(v w w) / sum(v w q) for the scale of least squares."""
+        total, zero, product = splat_f32(_ZERO), splat_f32(_ZERO), load_f32(scratch + _BEST_PRODUCT)
+        for k in range(group):
+            w = load_f32(scratch + _WEIGHTS + 64 * k)
+            total = add(total, mul(mul(splat_f32(get_f32(importance + 4 * k)), w), w))
+        fair = _half(div(total, where_greater(product, zero, product, splat_f32(_ONE))), scratch)
+        store_f32(scratch + _SCALE, where_greater(product, zero, fair, load_f32(scratch + _SCALE)))
+
+    @njit
+    def search(group, valid, importance, rows, scratch):
         squares = splat_f32(_ZERO)
         for k in range(group):
             w = load_f32(scratch + _WEIGHTS + 64 * k)
@@ -272,34 +205,23 @@ def _rounder(name):
         store_f32(scratch + _BEST_PRODUCT, splat_f32(_ZERO))
         store_f32(scratch + _BEST_NORM, splat_f32(_ZERO))
         for i in range(len(ratios)):
-            consider(_half(mul(mean, splat_f32(ratios[i])), scratch), group, importance, scratch)
-        consider(_half(mul(load_f32(scratch + _LARGEST), splat_f32(least)), scratch), group, importance, scratch)
+            consider(_half(mul(mean, splat_f32(ratios[i])), scratch), group, importance, rows, scratch)
+        consider(_half(mul(load_f32(scratch + _LARGEST), splat_f32(least)), scratch), group, importance, rows, scratch)
         for _ in range(REFITS):
             norm = load_f32(scratch + _BEST_NORM)
             fitted = div(load_f32(scratch + _BEST_PRODUCT), where_greater(norm, splat_f32(_ZERO), norm, splat_f32(_ONE)))
-            consider(_half(fitted, scratch), group, importance, scratch)
+            consider(_half(fitted, scratch), group, importance, rows, scratch)
         store_f32(scratch + _TRY, load_f32(scratch + _SCALE))
-        measure(group, importance, scratch)
-        scale, inputs = load_f32(scratch + _SCALE), per if per else group
-        for i in range(group // inputs):
-            m = splat_f32(_ZERO)
-            for s in range(count):
-                chosen = absolute(sub(load_f32(scratch + _SELECTORS + 64 * i), splat_f32(np.float32(s))))
-                m = where_greater(splat_f32(np.float32(0.5)), chosen, splat_f32(multipliers[s]), m)
-            inverse = div(splat_f32(_ONE), mul(scale, m))
-            selector = load_f32(scratch + _SELECTORS + 64 * i)  # 0 in a group of zeros, as in the padding
-            store_f32(
-                scratch + _SELECTORS + 64 * i, where_greater(load_f32(scratch + _LARGEST), splat_f32(_ZERO), selector, splat_f32(_ZERO))
-            )
-            for k in range(inputs * i, inputs * i + inputs):
-                store_f32(scratch + _CODES + 64 * k, code(mul(load_f32(scratch + _WEIGHTS + 64 * k), inverse)))
+        measure(group, importance, rows, scratch)
+        write_codes(group, valid, rows, scratch)
+        fair_scale(group, importance, scratch)
 
     return search
 
 
 @functools.lru_cache(maxsize=None)
 def _row_blocks_kernel(name):
-    """An entry (w, rows, cols, group, importance, limit, out, scratch): 0, 1 (not finite) or 2 (too large)."""
+    """An entry (w, rows, cols, group, importance, table, limit, first_codes, span_size, out, scratch): 0, 1 (not finite) or 2 (too large)."""
     spec, round_group, write_codes = PACKED[name], _rounder(name), pack_chunk(name)
     write_selectors = pack_selectors(name) if spec.per else write_codes
     per, bits, word, selector_bytes = spec.per, spec.bits, spec.word, 16 * spec.selector_bytes(spec.word)
@@ -315,7 +237,7 @@ def _row_blocks_kernel(name):
                 write_selectors(scratch + _SELECTORS + 64 * (word // per) * i, span + 64 + (which * (group // word) + i) * selector_bytes)
 
     @njit(entry=name)
-    def round_row_blocks(w, rows, cols, group, importance, limit, first_codes, span_size, out, scratch):
+    def round_row_blocks(w, rows, cols, group, importance, table, limit, first_codes, span_size, out, scratch):
         per_row = (cols + 2 * group - 1) // (2 * group)
         for block in range((rows + 15) // 16):
             for s in range(per_row):
@@ -326,7 +248,7 @@ def _row_blocks_kernel(name):
                         return 1
                     if max_f32(load_f32(scratch + _LARGEST)) > limit:
                         return 2
-                    round_group(group, importance + 4 * col, scratch)
+                    round_group(group, max(0, min(group, cols - col)), importance + 4 * col, table, scratch)
                     write(group, which, first_codes, span, scratch)
         return 0
 
@@ -347,7 +269,8 @@ def round_rows(w: np.ndarray, format: str, group: int, out: np.ndarray, importan
     counts = np.zeros(width, np.float32)
     counts[:cols] = 1 if importance is None else importance
     w, scratch = np.ascontiguousarray(w), np.zeros(_SCRATCH_BYTES, np.uint8)
-    addresses = [a.__array_interface__["data"][0] for a in (w, counts, out, scratch)]
-    return _row_blocks_kernel(format)(
-        addresses[0], rows, cols, group, addresses[1], np.float32(65504.0 * spec.top), codes_at(format, group), span_size, *addresses[2:]
-    )
+    table = rows_table(format) if spec.values else scratch
+    addresses = [a.__array_interface__["data"][0] for a in (w, counts, table, out, scratch)]
+    largest = np.float32(65504.0 * spec.top)
+    first, last = addresses[:3], addresses[3:]
+    return _row_blocks_kernel(format)(first[0], rows, cols, group, *first[1:], largest, codes_at(format, group), span_size, *last)

@@ -1,9 +1,9 @@
 """From packed codes to the bytes that the dot takes: int8 + 128, sixteen rows side by side.
 
 One hard fact: this is all that tells one packed format from another; whatever comes after sees the same
-integers. A format with a table costs a lookup a vector, which serves every token of a tile: on AVX-512 VBMI
-one instruction finds values[code] * multipliers[selector] ready in a table of up to 128 bytes; elsewhere the 16
-values are looked up and multiplied.
+integers. A table costs a lookup a vector, which serves every token of a tile: on AVX-512 VBMI one instruction finds
+the integer of any code and selector in a table of up to 128 bytes; elsewhere tables are read 16 bytes at a time, and
+a format with multipliers reads one row of values and multiplies.
 """
 
 import functools
@@ -18,9 +18,9 @@ from .simd import call, const_i64, const_vector, i64, load, op, peek, poke, scal
 
 @functools.lru_cache(maxsize=None)
 def table(name: str) -> np.ndarray:
-    """int8 (selectors, codes): what each pair of selector and code means; one row where there are no selectors."""
+    """int8 (selectors, codes): what each pair of selector and code means."""
     spec = PACKED[name]
-    return np.outer(spec.multipliers or (1,), spec.values).astype(np.int8)
+    return np.array([[v * m for v in spec.row(s)] for s, m in enumerate(spec.multipliers)], np.int8)
 
 
 class Unpacker:
@@ -48,7 +48,7 @@ class Unpacker:
         if not self.spec.values:
             return load(self.builder, self.builder.add(codes, const_i64(64 * i)), vector("i8", 64))
         index = self._index(codes, i)
-        return self._lookup_all(index, selectors, i) if self._vbmi else self._multiply(index, selectors, i)
+        return self._lookup_all(index, selectors, i) if self._vbmi else self._lookup_parts(index, selectors, i)
 
     def _load_selectors(self, at, index):
         """Each row's selectors of the chunk in the low bits of a 32-bit lane."""
@@ -94,13 +94,10 @@ class Unpacker:
     def _lookup_all(self, index, selectors, i):
         """AVX-512 VBMI: the selector joins the code, and one permutation of bytes reads the whole table."""
         builder, spec, kind = self.builder, self.spec, vector("i8", 64)
-        if spec.per:
-            first = spec.selector_bits * (4 * i // spec.per) - spec.bits  # which bits of each lane become bits 0..7 of its bytes
-            control = [(first + 32 * (b // 4)) % 64 for b in range(8)] * 8
-            picked = call(
-                builder, "llvm.x86.avx512.pmultishift.qb.512", kind, const_vector("i8", 64, control), builder.bitcast(selectors, kind)
-            )
-            index = self._select(spec.bits, index, picked)
+        first = spec.selector_bits * (4 * i // spec.per) - spec.bits  # which bits of each lane become bits 0..7 of its bytes
+        control = const_vector("i8", 64, [(first + 32 * (b // 4)) % 64 for b in range(8)] * 8)
+        picked = call(builder, "llvm.x86.avx512.pmultishift.qb.512", kind, control, builder.bitcast(selectors, kind))
+        index = self._select(spec.bits, index, picked)
         data = (table(self.name).view(np.uint8) ^ 128).ravel()
         whole = np.resize(data, 64 if data.size <= 64 else 128).tolist()  # repeated: bits above the index do not matter
         if len(whole) == 64:
@@ -108,19 +105,22 @@ class Unpacker:
         low, high = (const_vector("i8", 64, part) for part in (whole[:64], whole[64:]))
         return call(builder, "llvm.x86.avx512.vpermi2var.qi.512", kind, low, index, high)
 
-    def _multiply(self, index, selectors, i):
+    def _lookup_parts(self, index, selectors, i):
+        """Code and selector apart, or joined where each selector has a row of its own."""
         builder, spec = self.builder, self.spec
         code = builder.and_(index, const_vector("i8", 64, (1 << spec.bits) - 1))
-        value = self._lookup(spec.values, code)
-        if spec.per:
-            lane = builder.lshr(selectors, const_vector("i32", 16, spec.selector_bits * (4 * i // spec.per)))
-            which = builder.and_(builder.bitcast(lane, vector("i8", 64)), const_vector("i8", 64, (1 << spec.selector_bits) - 1))
-            which = shuffle(builder, which, [b // 4 * 4 for b in range(64)])
-            value = builder.mul(value, self._lookup(spec.multipliers, which))
+        lane = builder.lshr(selectors, const_vector("i32", 16, spec.selector_bits * (4 * i // spec.per)))
+        which = builder.and_(builder.bitcast(lane, vector("i8", 64)), const_vector("i8", 64, (1 << spec.selector_bits) - 1))
+        which = shuffle(builder, which, [b // 4 * 4 for b in range(64)])
+        if len(spec.values) > 1:
+            joined = builder.or_(code, builder.shl(which, const_vector("i8", 64, spec.bits)))
+            value = self._lookup(table(self.name).ravel().tolist(), joined)
+        else:
+            value = builder.mul(self._lookup(spec.values[0], code), self._lookup(spec.multipliers, which))
         return builder.xor(value, const_vector("i8", 64, 128))
 
     def _lookup(self, entries, index):
-        """entries[index] of up to 64 entries, 16 at a time."""
+        """entries[index] of up to 128 entries, 16 at a time."""
         builder, found = self.builder, None
         for first in range(0, len(entries), 16):
             part = _lookup_16(builder, list(entries[first : first + 16]), index)
@@ -207,14 +207,12 @@ def twin_row_block(name, group, address, n_groups):
         low, at = low + p, at + CHUNK * 2 * p
     if not spec.values:
         codes -= 128
-    elif not spec.per:
-        codes = table(name)[0].astype(np.int32)[codes]
     else:
         size = spec.selector_bytes(spec.word)
         words = data[:, 64 : codes_at(name, group)].reshape(-1, 16, size).astype(np.int64)
         words = (words << 8 * np.arange(size)).sum(2)
         codes = codes.reshape(len(words), spec.word // 4, 16, 4)
         for i in range(spec.word // 4):
-            chosen = words >> spec.selector_bits * (4 * i // spec.per) & len(spec.multipliers) - 1
+            chosen = words >> spec.selector_bits * (4 * i // spec.per) & (1 << spec.selector_bits) - 1
             codes[:, i] = table(name).astype(np.int32)[chosen[:, :, None], codes[:, i]]
     return codes.reshape(-1, CHUNK // 4, 16, 4).transpose(2, 0, 1, 3).reshape(16, n_groups, group), scales

@@ -1,5 +1,18 @@
 """The KV cache: two preallocated arrays, laid out for the attention kernel.
 
+Of each layer and kv head, S positions, a multiple of BLOCK; position p lies at p % S. As float16 ("f16") and float32 ("f32"):
+
+    keys    [S / 64][head_dim][64]   64 positions side by side
+    values  [S][V_WIDTH]             head_dim padded to 16
+
+In 8 bits ("q8"): codes 1..255 that mean code - 128 times a scale of the head and position, max|x| / 127 in float32, so
+head_dim + 4 bytes a row (at 128 52 % of float16's). A row that is not finite has a NaN for a scale. By blocks of BLOCK positions:
+
+    keys    codes  [BLOCK / 32][head_dim padded to 4 / 4][32][4]   lanes are positions, words four dims
+            scales [BLOCK]
+    values  codes  [V_WIDTH / 32][BLOCK / 4][32][4]                lanes are dims (padded to 32), words four positions
+            scales [BLOCK]
+
 One hard fact: the memory is zeroed pages the system commits as they are written, so a large context
 costs nothing until it is used, and a lane that was never written is 0, not NaN.
 """
@@ -7,9 +20,9 @@ costs nothing until it is used, and a lane that was never written is 0, not NaN.
 import numpy as np
 
 from ..config import Config
-from ..kernels.attention import BLOCK, STRIP
+from ..kernels.cache import BLOCK, CELL, KINDS, STRIP, row_bytes
 
-DTYPES = {"f16": np.float16, "f32": np.float32}
+DTYPES = {"f16": np.float16, "f32": np.float32, "q8": np.uint8}
 
 
 def capacity(config: Config, context: int, chunk: int) -> int:
@@ -20,20 +33,38 @@ def capacity(config: Config, context: int, chunk: int) -> int:
     return -(-needed // BLOCK) * BLOCK
 
 
+def block(kv: str, *shape: int) -> np.dtype:
+    """A block of BLOCK positions of one head: its numbers in `shape`, then their scales if there are any."""
+    scales = [("scales", np.float32, (BLOCK,))] if KINDS[kv][1] else []
+    return np.dtype([("numbers", DTYPES[kv], shape), *scales])
+
+
+def position_bytes(config: Config, kv: str) -> int:
+    """Bytes of one position's keys and values in all layers, scales counted, padding not."""
+    return config.n_layers * config.n_kv_heads * 2 * row_bytes(kv, config.head_dim)
+
+
 class KVCache:
-    """keys: (L, K, S / 64, d, 64); values: (L, K, S, d padded to 16); position p lies at p % S."""
+    """keys, values: blocks (L, K, S / BLOCK), each "numbers" and, in 8 bits, "scales"; width: V_WIDTH."""
 
     def __init__(self, config: Config, context: int, chunk: int, kv: str):
         self.kv = kv
         self.capacity = capacity(config, context, chunk)
-        self.width = -(-config.head_dim // 16) * 16
-        heads = (config.n_layers, config.n_kv_heads)
-        self.keys = np.zeros((*heads, self.capacity // STRIP, config.head_dim, STRIP), DTYPES[kv])
-        self.values = np.zeros((*heads, self.capacity, self.width), DTYPES[kv])
+        dim, self.width = (-(-config.head_dim // to) * to for to in KINDS[kv][2:])
+        shape = (config.n_layers, config.n_kv_heads, self.capacity // BLOCK)
+        if kv == "q8":
+            keys, values = block(kv, BLOCK // CELL, dim // 4, CELL, 4), block(kv, self.width // CELL, BLOCK // 4, CELL, 4)
+        else:
+            keys, values = block(kv, BLOCK // STRIP, dim, STRIP), block(kv, BLOCK, self.width)
+        self.keys, self.values = np.zeros(shape, keys), np.zeros(shape, values)
 
     def erase(self, position: int, count: int) -> None:
-        """Zero the values of positions position.. + count: a NaN there would outlive its sequence, since 0 * NaN is NaN."""
-        self.values[:, :, np.arange(position, position + count) % self.capacity] = 0
+        """Zero the values of positions position.. + count: a NaN there would outlive its sequence, since 0 * NaN is NaN.
+
+        In 8 bits only a scale can be NaN.
+        """
+        slots = np.arange(position, position + count) % self.capacity
+        self.values["scales" if self.kv == "q8" else "numbers"][:, :, slots // BLOCK, slots % BLOCK] = 0
 
     @property
     def nbytes(self) -> int:

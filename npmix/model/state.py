@@ -9,7 +9,7 @@ import numpy as np
 from ..config import Config
 from ..formats import EXPERT_UNIT, SHARED
 from ..kernels import tables as t
-from ..kernels.attention import BLOCK, TALLEST
+from ..kernels.attention import BLOCK, TALLEST, scores_bytes
 from ..kernels.decode import RUN
 from ..kernels.matmul import panel_bytes
 from ..kernels.prefill import QUERY_ROWS
@@ -56,8 +56,7 @@ class RunState:
         for slot in range(t.SLOTS):
             m[t.GROUP_0 + slot] = weights.group(slot)
         m[t.CAPACITY], m[t.CHUNK] = cache.capacity, chunk
-        m[t.VALUES_LAYER_BYTES] = cache.values.nbytes // c.n_layers
-        m[t.KEYS_LAYER_BYTES] = cache.keys.nbytes // c.n_layers
+        m[t.KEYS_HEAD_BYTES], m[t.VALUES_HEAD_BYTES] = cache.keys.strides[1], cache.values.strides[1]
 
     def _weights(self, weights: Weights) -> None:
         m = self.m
@@ -101,7 +100,7 @@ class RunState:
             t.S_UP: 4 * EXPERT_UNIT * max(chunk, RUN),
             t.S_LOGITS: 4 * _pad(c.n_experts, 16),
             t.S_CHOICE: 8 * c.n_active,
-            t.S_SCORES: 4 * TALLEST * BLOCK,
+            t.S_SCORES: scores_bytes(c.head_dim),
             t.S_PARTS: TALLEST * part,
             t.S_RUNNING: max(QUERY_ROWS, c.n_heads // c.n_kv_heads) * part,
             t.S_PANEL: max(panel_bytes(n, g) for n in (c.dim, c.n_heads * c.head_dim, c.hidden_dim) for g in packed) if packed else 0,

@@ -60,7 +60,7 @@ def unpack(data: np.ndarray, format: str, shape: tuple[int, int], group: int) ->
         size = spec.selector_bytes(spec.word)
         parts = data[:, :, 64 : codes_at(format, group)].reshape(blocks, per_row, -1, ROW_BLOCK, size).astype("<u4")
         numbers = (parts << 8 * np.arange(size, dtype="<u4")).sum(4, dtype="<u4")
-        chosen = numbers[..., None] >> spec.selector_bits * np.arange(spec.word // spec.per, dtype="<u4") & len(spec.multipliers) - 1
+        chosen = numbers[..., None] >> spec.selector_bits * np.arange(spec.word // spec.per, dtype="<u4") & (1 << spec.selector_bits) - 1
         chosen = chosen.transpose(0, 3, 1, 2, 4).reshape(blocks * ROW_BLOCK, -1)
         selectors = chosen[:rows, : -(-cols // spec.per)].astype(np.uint8)
     chunks = data[:, :, codes_at(format, group) :].reshape(blocks, per_row, 2 * group // CHUNK, -1)
@@ -81,10 +81,8 @@ def integers(codes: np.ndarray, selectors: np.ndarray, format: str) -> np.ndarra
     spec = PACKED[format]
     if not spec.values:
         return codes.astype(np.int32) - 128
-    out = np.array(spec.values, np.int32)[codes]
-    if spec.per:
-        out *= np.repeat(np.array(spec.multipliers, np.int32)[selectors], spec.per, axis=1)[:, : codes.shape[1]]
-    return out
+    rows = np.array([[v * m for v in spec.row(s)] for s, m in enumerate(spec.multipliers)], np.int32)
+    return rows[np.repeat(selectors, spec.per, axis=1)[:, : codes.shape[1]], codes]
 
 
 def dequantize(tensor: Tensor) -> np.ndarray:

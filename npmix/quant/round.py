@@ -7,8 +7,9 @@ q8: scale = max|w| / 127, one step up if float16 has rounded it so far down that
 the formats with a table: least weighted squares, sum(v (w - integer * scale)^2) with an importance v of each input (1 where
     none is known), over a few scales: root mean square * unit * each of RATIOS, and the scale at which the largest
     weight is the largest integer. Under a scale each sub-block takes the selector of least error, each weight the
-    nearest value. The best scale is then refitted twice, s' = sum(v w q) / sum(v q q), as long as that helps.
-    The first wins ties, selectors and scales alike.
+    nearest value. The best scale is then refitted twice, s' = sum(v w q) / sum(v q q), as long as that helps. The
+    first wins ties, selectors and scales alike. Least squares shrinks weights, all of a model in the same direction, which
+    costs more than it gains: codes and selectors are kept, and the scale becomes sum(v w w) / sum(v w q), which does not.
 
 One hard fact: every sum runs over a sub-block's inputs in order, then over the sub-blocks in order, in float32,
 without fma, so that the kernel, which runs 16 rows side by side, gives the same bits.
@@ -59,60 +60,57 @@ def _scale_q8(w: np.ndarray) -> np.ndarray:
     return np.where(clips, up, scale)
 
 
-class _Table:
-    """The search of one format with a table, over sub-blocks x and importances v of shape (..., sub-blocks, inputs)."""
-
-    def __init__(self, format: str, x: np.ndarray, v: np.ndarray):
-        spec = PACKED[format]
-        self.x, self.v = x, v
-        self.values = np.array(spec.values, F)
-        self.middles = (self.values[1:] + self.values[:-1]) * F(0.5)
-        self.multipliers = np.array(spec.multipliers or (1,), F)
-
-    def codes(self, scale: np.ndarray, multiplier: np.ndarray) -> np.ndarray:
-        """The nearest value's place for each weight; scale and multiplier by sub-block."""
-        inverse = F(1) / (scale * multiplier)
-        return (self.x * inverse[..., None] > self.middles[:, None, None, None, None]).sum(0)
-
-    def measure(self, scale: np.ndarray):
-        """scale (rows, groups) -> error, sum(v w q), sum(v q q) by group, and the selector of each sub-block."""
-        least = None
-        for s, m in enumerate(self.multipliers):
-            factor = scale[..., None] * m
-            inverse = F(1) / factor
-            z = self.x * inverse[..., None]
-            q = self.values[(z > self.middles[:, None, None, None, None]).sum(0)]
-            miss = z - q
-            found = [_sum(miss * miss * self.v) * (factor * factor), _sum(q * self.x * self.v) * m, _sum(q * q * self.v) * (m * m)]
-            found.append(np.full(factor.shape, s, np.uint8))
-            if least is None:
-                least = found
-            else:
-                better = found[0] < least[0]
-                least = [np.where(better, new, old) for new, old in zip(found, least)]
-        return [_sum(part) for part in least[:3]] + [least[3]]
+def nearest(z: np.ndarray, row: tuple[int, ...]) -> np.ndarray:
+    """The place in a row of ascending integers of the one nearest to each z; half-way the lower, or where they are even steps the even one."""
+    if row[-1] - row[0] == len(row) - 1:
+        return np.rint(np.clip(z, F(row[0]), F(row[-1]))).astype(np.int64) - row[0]
+    values = np.array(row, F)
+    middles = (values[1:] + values[:-1]) * F(0.5)
+    return (z > middles.reshape(-1, *(1,) * z.ndim)).sum(0)
 
 
-def _search(format: str, w: np.ndarray, v: np.ndarray):
+def _measure(spec, scale: np.ndarray, x: np.ndarray, v: np.ndarray):
+    """scale (rows, groups), x and v (rows, groups, sub-blocks, inputs) -> error, sum(v w q), sum(v q q) by group, selectors by sub-block."""
+    least = None
+    for s, m in enumerate(spec.multipliers):
+        m, row = F(m), spec.row(s)
+        factor = scale[..., None] * m
+        z = x * (F(1) / factor)[..., None]
+        q = np.array(row, F)[nearest(z, row)]
+        miss = z - q
+        found = [_sum(miss * miss * v) * (factor * factor), _sum(q * x * v) * m, _sum(q * q * v) * (m * m)]
+        found.append(np.full(factor.shape, s, np.uint8))
+        if least is None:
+            least = found
+        else:
+            better = found[0] < least[0]
+            least = [np.where(better, new, old) for new, old in zip(found, least)]
+    return [_sum(part) for part in least[:3]] + [least[3]]
+
+
+def _search(spec, w: np.ndarray, v: np.ndarray):
     """w, v (rows, groups, G) -> scales (rows, groups), selectors (rows, groups, sub-blocks), codes like w."""
-    spec = PACKED[format]
-    per = spec.per or w.shape[2]
-    table = _Table(format, w.reshape(*w.shape[:2], -1, per), v.reshape(*v.shape[:2], -1, per))
-    mean = np.sqrt(_sum(w * w) * F(1 / w.shape[2]))
-    tries = [_half(mean * F(F(spec.unit) * F(ratio))) for ratio in RATIOS]
-    tries.append(_half(np.abs(w).max(-1) * F(1 / spec.top)))
+    x, importance = (a.reshape(*a.shape[:2], -1, spec.per) for a in (w, v))
+    mean, largest = np.sqrt(_sum(w * w) * (F(1) / F(w.shape[2]))), np.abs(w).max(-1)
+    tries = [_half(mean * (F(spec.unit) * F(ratio))) for ratio in RATIOS]
+    tries.append(_half(largest * F(1 / spec.top)))
     best = None
     for at in range(len(tries) + REFITS):
         scale = tries[at] if at < len(tries) else _half(best[2] / np.where(best[3] > 0, best[3], F(1)))
-        found = [scale, *table.measure(scale)]
+        found = [scale, *_measure(spec, scale, x, importance)]
         if best is None:
             best = found
         else:
             better = found[1] < best[1]
             best = [np.where(better if new.ndim == 2 else better[..., None], new, old) for new, old in zip(found, best)]
-    scale, selectors = best[0], best[4]
-    codes = table.codes(scale[..., None], table.multipliers[selectors])
-    return scale, selectors, codes.reshape(w.shape)
+    scale, _, product, _, selectors = best
+    selectors = np.where(largest[..., None] > 0, selectors, np.uint8(0))  # as in the padding
+    codes = np.zeros(x.shape, np.uint8)
+    for s, m in enumerate(spec.multipliers):
+        chosen = nearest(x * (F(1) / (scale * F(m)))[..., None, None], spec.row(s))
+        codes = np.where((selectors == s)[..., None], chosen, codes)
+    fair = _half(_sum(v * w * w) / np.where(product > 0, product, F(1)))
+    return np.where(product > 0, fair, scale), selectors, codes.reshape(w.shape)
 
 
 def quantise(w: np.ndarray, format: str, group: int, importance: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -133,9 +131,8 @@ def quantise(w: np.ndarray, format: str, group: int, importance: np.ndarray | No
     if spec.values:
         weight = np.zeros(groups * group, F)
         weight[:cols] = 1 if importance is None else importance
-        scale, selectors, codes = _search(format, grouped, np.broadcast_to(weight.reshape(1, groups, group), grouped.shape))
-        selectors = np.where(np.abs(grouped).max(-1, keepdims=True) > 0, selectors, 0).astype(np.uint8)  # as in the padding
-        selectors = selectors.reshape(rows, -1)[:, : -(-cols // spec.per)] if spec.per else np.zeros((rows, 0), np.uint8)
+        scale, selectors, codes = _search(spec, grouped, np.broadcast_to(weight.reshape(1, groups, group), grouped.shape))
+        selectors = selectors.reshape(rows, -1)[:, : -(-cols // spec.per)].astype(np.uint8)
     else:
         scale, selectors = _scale_q8(grouped), np.zeros((rows, 0), np.uint8)
         codes = np.rint(np.clip(grouped * (F(1) / scale)[..., None], F(-127), F(127))) + F(128)

@@ -97,10 +97,11 @@ def test_chat_builds_the_instruct_format(npmix_command, tiny):
 
 
 def test_engine_options_reach_the_engine(npmix_command, tiny):
-    """--threads, --context, --chunk and --kv leave the text as it is (f32 within rounding) and are checked."""
+    """--threads, --context, --chunk and --kv leave the text as it is (f32 and q8 within rounding) and are checked."""
     base = ("run", "-m", tiny, *GREEDY, "--quiet", PROMPT)
     assert npmix_command(*base, "--threads", 1, "--context", 64, "--chunk", 2).stdout == npmix_command(*base).stdout
-    assert npmix_command(*base, "--kv", "f32").exit_code == 0
+    for kv in ("f32", "q8"):
+        assert npmix_command(*base, "--kv", kv).exit_code == 0
     assert "100000" in one_error(npmix_command(*base, "--context", 100000))
 
 

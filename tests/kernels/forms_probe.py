@@ -25,8 +25,12 @@ TOKENS = (1, 7, 14)  # single row blocks, tiles in registers, panels
 IDS = np.random.default_rng(0).integers(3, 384, 40)
 
 
+def attention(kv):
+    return Cache(kv, 80, 512).fill(range(300)).attend(queries(6, 80), 297, heads=2)
+
+
 def products() -> dict[str, np.ndarray]:
-    """Matrix products and the activations they take, by name."""
+    """Matrix products and the activations they take, by name, and attention over 8-bit keys and values."""
     rng, results = np.random.default_rng(11), {}
     for name, group in FORMATS:
         tensor, _ = weights(name, group, 50, 300, 7)
@@ -34,6 +38,7 @@ def products() -> dict[str, np.ndarray]:
         for tokens in TOKENS:
             results[f"matmul {name} {group} {tokens}"] = product(matmul(name, group), tensor, x[:tokens], 0, 4)
         results[f"acts {group}"] = activations(x, group).array if group else np.zeros(0, np.uint8)
+    results["attention q8"] = attention("q8")
     return results
 
 
@@ -54,8 +59,7 @@ def kernels() -> dict[str, np.ndarray]:
     experts, results["router"] = choice(rng.standard_normal(8), 3)
     results["experts"] = np.array(experts)
     for kv in ("f16", "f32"):
-        cache = Cache(kv, 80, 512).fill(range(300))
-        results[f"attention {kv}"] = cache.attend(queries(6, 80), 297, heads=2)
+        results[f"attention {kv}"] = attention(kv)
     return results
 
 
@@ -86,7 +90,7 @@ def logits(folder) -> dict[str, np.ndarray]:
 
 def assembly() -> str:
     """The machine code of what was compiled here: matrix products, activations, and the rest where it was run."""
-    compiled = [*(matmul(*pair) for pair in FORMATS), _fill, rms_norm, swiglu, attend("f16"), attend("f32")]
+    compiled = [*(matmul(*pair) for pair in FORMATS), _fill, rms_norm, swiglu, attend("f16"), attend("f32"), attend("q8")]
     return "\n".join(text for function in compiled for text in function.inspect_asm().values())
 
 

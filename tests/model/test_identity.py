@@ -32,7 +32,7 @@ FORMATS = {
     "mixed otherwise": ("bf16", {"wo": LOW[4], "experts": LOW[3], "w_down": LOW[4], "other": LOW[3]}),
     "q8 mixed": ("f32", {"wo": ("q8", 32), "experts": ("q8", 128), "w_down": ("q8", 64), "other": ("q8", 128)}),
 }
-CASES = [(name, "f32") for name in FORMATS] + [("bf16", "f16"), ("q8", "f16")]
+CASES = [(name, "f32") for name in FORMATS] + [("bf16", "f16"), ("q8", "f16"), ("bf16", "q8")]
 
 
 def mixed_formats(choice):
