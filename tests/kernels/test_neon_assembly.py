@@ -73,14 +73,13 @@ def test_bytes_stay_in_registers(tiles, name):
 @pytest.mark.parametrize("name", [name for name in TILES if PACKED[name.split()[0]].values])
 def test_tables_are_read_a_register_at_a_time(name, tiles):
     """Codes are looked up 16 at a time: a table of 16 integers costs a register of codes one `tbl`, and so do multipliers and the spreading
-    of selectors over the inputs that share them, at most."""
+    of selectors over the inputs that share them, at most; a few put a chunk's selectors into lanes."""
     _, body, _ = tiles[name]
     name, group, blocks, _ = name.split()
     spec, registers = PACKED[name], int(group) * int(blocks)
-    rows = len(spec.values) if isinstance(spec.values[0], tuple) else 1
-    tables = -(-rows * (1 << spec.bits) // 16)
+    tables = -(-len(spec.values) * (1 << spec.bits) // 16)
     lookups = [line for line in body if line.startswith("tbl")]
-    assert tables * registers <= len(lookups) <= (tables + 2) * registers
+    assert tables * registers <= len(lookups) <= (tables + 2) * registers + 16
 
 
 @pytest.mark.parametrize(

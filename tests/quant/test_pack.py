@@ -14,8 +14,7 @@ SHAPES = [(16, 64), (1, 1), (17, 129), (40, 256), (15, 300)]
 def meanings(name):
     """Integers [selector][code] of a format with a table."""
     spec = PACKED[name]
-    row = getattr(spec, "row", lambda s: spec.values)
-    return [[m * value for value in row(s)] for s, m in enumerate(spec.multipliers or (1,))]
+    return [[m * value for value in spec.row(s)] for s, m in enumerate(spec.multipliers)]
 
 
 def random_parts(name, rows, cols, group, seed=0):
