@@ -8,7 +8,7 @@ import pytest
 from make import TINY, bf16_bits, tiny_arrays, tiny_hf
 
 from npmix.checkpoint.config_json import translate
-from npmix.convert import QUANTS, convert, info, make_recipe, round_piece, verify
+from npmix.convert import convert, info, make_recipe, round_piece, verify
 from npmix.errors import CheckpointError, ConversionError, InputError, StoreError
 from npmix.formats import PACKED, packed_bytes
 from npmix.quant.pack import dequantize, pack
@@ -26,8 +26,8 @@ def content(folder):
 @pytest.mark.parametrize(
     "options, experts, others",
     [
-        *(({"quant": quant}, (quant, PACKED[quant].group), ("q8", 128)) for quant in QUANTS),
-        *(({"quant": quant, "uniform": True}, (quant, PACKED[quant].group), (quant, PACKED[quant].group)) for quant in QUANTS),
+        *(({"quant": quant}, (quant, PACKED[quant].group), ("q8", 128)) for quant in PACKED),
+        *(({"quant": quant, "uniform": True}, (quant, PACKED[quant].group), (quant, PACKED[quant].group)) for quant in PACKED),
     ],
 )
 def test_recipes(tmp_path, options, experts, others):

@@ -9,8 +9,8 @@ from make import TINY, tiny_hf
 from safetensors import safe_open
 
 from npmix.checkpoint.config_json import translate
-from npmix.convert import QUANTS, convert, make_recipe, tensor_formats
-from npmix.formats import tensor_bytes
+from npmix.convert import convert, make_recipe, tensor_formats
+from npmix.formats import PACKED, tensor_bytes
 from npmix.store import open_store
 from npmix.store.layout import LINE, PAGE, plan_digest, plan_store
 
@@ -18,7 +18,7 @@ ODD = {"hidden_size": 72, "intermediate_size": 100, "vocab_size": 333, "head_dim
 
 
 @pytest.mark.parametrize("overrides", [{}, ODD])
-@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("quant", PACKED)
 def test_plan_places_experts_on_pages(overrides, quant):
     """Data and each expert start on a page, tensors on a line; an expert's matrices touch; slots follow without holes."""
     config = translate({**TINY, **overrides})
