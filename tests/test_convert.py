@@ -26,8 +26,10 @@ def content(folder):
 @pytest.mark.parametrize(
     "options, experts, others",
     [
-        *(({"quant": quant}, (quant, PACKED[quant].group), ("q8", 128)) for quant in PACKED),
-        *(({"quant": quant, "uniform": True}, (quant, PACKED[quant].group), (quant, PACKED[quant].group)) for quant in PACKED),
+        ({"quant": "q8"}, ("q8", 32), ("q8", 32)),
+        ({"quant": "q8", "uniform": True}, ("q8", 32), ("q8", 32)),
+        *(({"quant": quant}, (quant, 128), ("q8", 128)) for quant in PACKED if quant != "q8"),
+        *(({"quant": quant, "uniform": True}, (quant, 128), (quant, 128)) for quant in PACKED if quant != "q8"),
     ],
 )
 def test_recipes(tmp_path, options, experts, others):

@@ -55,7 +55,7 @@ def test_info(npmix_command, tiny, store):
         found = json.loads(npmix_command("info", folder, "--json").stdout)
         assert found["config"]["n_layers"] == 2 and "2 layers, dim 64" in table
         assert f"{found['total']['weights']:,}" in table and "experts" in table
-    assert found["weights"]["experts"]["formats"] == ["q8 group 128"]
+    assert found["weights"]["experts"]["formats"] == ["q8 group 32"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs names that are any bytes")
