@@ -1,4 +1,4 @@
-"""What quantisation costs on real text: the trained checkpoint against its q8 and q4 stores, on modules it never saw.
+"""What quantisation costs on real text: the trained checkpoint against its packed stores, on modules it never saw.
 
 One hard fact: the base is the unconverted path with a float32 cache, which the parity tests tie to transformers.
 """
@@ -11,12 +11,16 @@ from quality import DATA, POSITIONS, base_logs, compare, heldout_windows
 
 import npmix.generate
 from npmix.checkpoint import open_checkpoint
-from npmix.convert import convert, round_piece
+from npmix.convert import convert, make_recipe, round_piece
+from npmix.formats import PACKED
 from npmix.quant.pack import dequantize
+from npmix.quant.tensor import Tensor
 from npmix.store import open_store
 
-# 4 bits on this model, for whatever weights; the bound that follows the weights stands in golden_trained.npz.
-Q4_SAME, Q4_KL = 0.93, 0.015
+# First choice and KL on this model, for whatever weights; the bounds that follow the weights stand in golden_trained.npz.
+BOUNDS = {"q4": (0.93, 0.015), "q2": (0.80, 0.15)}
+# Relative squared error of the trained experts: near those of Gaussian weights (`test_round.py`), for training leaves few outliers
+EXPERT_ERROR = {"q8": 2.95e-5, "q6": 3.65e-4, "q5": 0.00122, "q4": 0.0040, "q3": 0.0178, "q2": 0.0537}
 KL_KV8 = 0.00022  # measured: 0.000144
 
 
@@ -39,13 +43,28 @@ def test_q8(tmp_path, windows, base):
 
 
 @pytest.mark.compiled
-def test_q4(tmp_path, windows, base):
-    """4 bits: the cost does not grow beyond what was measured when the golden file was made, a quarter of it aside."""
-    same, kl, _ = compare(convert(DATA / "tiny_mixtral", tmp_path / "q4", "q4"), windows, base)
+@pytest.mark.parametrize("quant", BOUNDS)
+def test_few_bits(tmp_path, windows, base, quant):
+    """4 and 2 bits: the cost does not grow beyond what was measured when the golden file was made, a quarter of it aside."""
+    same, kl, _ = compare(convert(DATA / "tiny_mixtral", tmp_path / quant, quant), windows, base)
     with np.load(DATA / "golden_trained.npz") as golden:
-        golden_same, golden_kl = golden["q4"][:2]
+        golden_same, golden_kl = golden[quant][:2]
     assert 1 - same < 1.25 * (1 - golden_same) and 0 <= kl < 1.25 * golden_kl
-    assert same > Q4_SAME and kl < Q4_KL
+    assert same > BOUNDS[quant][0] and kl < BOUNDS[quant][1]
+
+
+@pytest.mark.parametrize("quant", PACKED)
+def test_error_of_trained_weights(quant):
+    """Each format keeps its budget on the experts of a trained model, whose weights are not quite Gaussian."""
+    group = make_recipe(quant)["experts"][1]
+    missed = total = 0.0
+    with open_checkpoint(DATA / "tiny_mixtral") as source:
+        for name in [name for name in source.names() if ".experts.3." in name]:
+            w = dequantize(source.tensor(name))
+            back = dequantize(Tensor(round_piece(source.tensor(name), 0, len(w), quant, group), quant, w.shape, group))
+            missed, total = missed + ((back - w) ** 2).sum(dtype=np.float64), total + (w**2).sum(dtype=np.float64)
+    print(f"{quant}: relative squared error {missed / total:.3g}")
+    assert missed / total < EXPERT_ERROR[quant]
 
 
 @pytest.mark.compiled

@@ -108,7 +108,20 @@ def test_row_blocks_by_range(name, group):
         x = np.random.default_rng(tokens).standard_normal((tokens, cols)).astype(F)
         whole = product(kernel, tensor, x, 0, blocks)
         assert (whole[:, rows : 16 * blocks] == (0 if group else -7)).all() and (whole[:, 16 * blocks :] == -7).all()
-        for first, last in ((0, 1), (1, 2), (0, 2), (1, 4), (4, 5), (2, 5), (0, 3), (3, 3), (blocks, blocks), (1, blocks), (0, SINGLE), (2, SINGLE + 1)):
+        for first, last in (
+            (0, 1),
+            (1, 2),
+            (0, 2),
+            (1, 4),
+            (4, 5),
+            (2, 5),
+            (0, 3),
+            (3, 3),
+            (blocks, blocks),
+            (1, blocks),
+            (0, SINGLE),
+            (2, SINGLE + 1),
+        ):
             part = product(kernel, tensor, x, first, last)
             written = slice(16 * first, 16 * last)
             assert same_bits(part[:, written], whole[:, written])

@@ -117,7 +117,9 @@ def test_weights_on_a_grid_come_back_exactly(name, group):
     """Weights that are integer * scale for a float16 scale, and reach the format's largest integer, are reproduced exactly."""
     spec, rng, shape = PACKED[name], np.random.default_rng(2), (16, 2 * group)
     codes = rng.integers(0 if spec.values else 1, 1 << spec.bits, shape, dtype=np.uint8)
-    selectors = rng.integers(0, len(spec.multipliers), (16, 2 * group // spec.per), dtype=np.uint8) if spec.per else np.zeros((16, 0), np.uint8)
+    selectors = (
+        rng.integers(0, len(spec.multipliers), (16, 2 * group // spec.per), dtype=np.uint8) if spec.per else np.zeros((16, 0), np.uint8)
+    )
     selector, code = np.unravel_index(np.abs(meanings(name)).argmax(), np.shape(meanings(name))) if spec.values else (0, 255)
     codes[:, ::group] = code
     if spec.per:
