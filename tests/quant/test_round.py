@@ -6,6 +6,7 @@ from test_pack import PAIRS, meanings
 
 from npmix.errors import ConversionError
 from npmix.formats import PACKED, packed_bytes
+from npmix.kernels._jit import DISABLED
 from npmix.kernels.rounding import round_rows
 from npmix.quant.pack import dequantize, integers, pack
 from npmix.quant.round import FINE, NOT_FINITE, TOO_LARGE, largest, quantise, status
@@ -60,9 +61,10 @@ def importances(cols, seed):
 @pytest.mark.parametrize("name, group", PAIRS)
 def test_kernel_equals_twin(name, group):
     """The kernel's packed bytes equal the twin's, on random and edge input, every kind of padding, with and without importances."""
-    for seed, shape in enumerate([(16, 2 * group), (7, 65), (33, 3 * group + 5), (1, 1), (16, 7)]):
+    shapes = [(1, 1), (17, group + 5)] if DISABLED else [(1, 1), (16, 2 * group), (7, 65), (33, 3 * group + 5), (16, 7)]
+    for seed, shape in enumerate(shapes):
         w = edge_weights(*shape, seed)
-        for importance in importances(shape[1], seed):
+        for importance in importances(shape[1], seed)[: 2 if DISABLED else None]:
             assert (fast(w, name, group, importance) == plain(w, name, group, importance)).all()
 
 
@@ -192,7 +194,7 @@ def test_bad_weights_are_refused(name, group):
     cases = [(np.nan, NOT_FINITE), (np.inf, NOT_FINITE), (-np.inf, NOT_FINITE)]
     cases += [(top * np.float32(1.01), TOO_LARGE), (-top * np.float32(1.01), TOO_LARGE)]
     for bad, expected in cases:
-        for place in ((0, 0), (19, 99), (16, 31)):
+        for place in ((0, 0), (15, 99), (19, 99), (16, 31))[: 1 if DISABLED else None]:
             w = np.ones((20, 100), np.float32)
             w[place] = bad
             with np.errstate(invalid="ignore"):  # without the JIT, NumPy computes infinity - infinity
