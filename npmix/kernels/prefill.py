@@ -210,7 +210,7 @@ def choose_experts(mm, m, layers, layer, tokens, skip, index, members):
     end_phase(m, T_PACK, index, members)
 
 
-@njit(inline=True)
+@njit
 def expert_places(m, expert):
     """An expert's first place and its number of places."""
     begin = get_i32(m[STARTS] + 4 * expert)

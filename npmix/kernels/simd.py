@@ -15,7 +15,7 @@ Memory is named by address (int64). Loads and stores need no alignment.
 import ctypes
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba.core import cgutils, types
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
@@ -87,7 +87,7 @@ def op(ret, args, twin):
             9: lambda typingctx, a, b, c, d, e, f, g, h, i: (signature, codegen),
         }
         made = intrinsic(shapes[len(args)])
-        made.twin, made.emit = twin, emit  # tests hold one to the other; tools compile the IR for other machines
+        made.twin, made.emit, made.arity = twin, emit, len(args)  # tests hold one to the other; tools compile the IR for other machines
         return made
 
     return wrap
@@ -145,6 +145,11 @@ def call(builder, name, ret, *values):
     """Call an LLVM intrinsic or an external C function by name."""
     kind = ir.FunctionType(ret, [v.type for v in values])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values)
+
+
+def add_symbol(name, address):
+    """Let code that is linked from now on call what lies at an address by name."""
+    binding.add_symbol(name, address)
 
 
 def prefetch(builder, address):
