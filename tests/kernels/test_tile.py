@@ -8,13 +8,13 @@ from npmix.formats import PACKED, SHARED
 from npmix.kernels._jit import DISABLED, njit
 from npmix.kernels.dot import START
 from npmix.kernels.simd import twin_bf16, twin_fma
-from npmix.kernels.tile import FEW, HEIGHT, SINGLE, dense_tile, packed_tile
+from npmix.kernels.tile import HEIGHT, SINGLE, dense_tile, packed_tile
 from npmix.quant.pack import integers, pack
 
 F = np.float32
 PAIRS = [(name, group) for name, spec in PACKED.items() for group in spec.groups]
 WIDE = max(2, SINGLE)  # row blocks of the widest tile
-SHAPES = sorted({(1, 1), *((SINGLE, h) for h in range(1, FEW + 1)), *((2, h) for h in range(1, HEIGHT + 1))})
+SHAPES = sorted({(1, 1), (SINGLE, 1), *((2, h) for h in range(1, HEIGHT + 1))})
 
 
 def compiled(tile, count):

@@ -8,7 +8,6 @@ from test_dot import FORMS
 from npmix.formats import PACKED, packed_bytes
 from npmix.kernels import cpu
 from npmix.kernels._jit import DISABLED, njit
-from npmix.kernels.tile import FEW, HEIGHT
 from npmix.kernels.unpack import twin_row_block, unpack_block
 from npmix.quant.pack import integers, pack, unpack
 
@@ -69,8 +68,3 @@ def test_this_machines_form_and_its_twin(name, group):
         out = Memory(packed_bytes("q8", 16, 4 * group, group), np.uint8)
         function(data.at, 4, out.at)
         assert same_bits(out.array, as_8_bits(data.array, name, group, 4)) and out.intact()
-
-
-def test_tall_work_is_what_panels_are_for():
-    """A single token never unpacks into memory: the few-token tiles end before the shortest work that takes a panel."""
-    assert 1 <= FEW < 2 * HEIGHT
