@@ -19,6 +19,8 @@ class _Tile:
 
     def __init__(self, name, inner):
         self.name, self.inner, self._registered = name, inner, {}
+        if not _tiles:
+            before_load(register_all)
         _tiles.append(self)
 
     @property
@@ -55,9 +57,6 @@ def register_all():
     """Before machine code that may call tiles by name is loaded."""
     for tile in list(_tiles):
         tile.register()
-
-
-before_load(register_all)
 
 
 def outlined(make):
