@@ -15,6 +15,7 @@ from test_matmul import _fill, activations, product, weights
 from test_ops import exp2
 from test_router import choice
 
+from npmix.kernels import outline
 from npmix.kernels.attention import attend
 from npmix.kernels.matmul import matmul
 from npmix.kernels.rows import quantise_row, rms_norm, rope, swiglu
@@ -90,7 +91,9 @@ def logits(folder) -> dict[str, np.ndarray]:
 
 def assembly() -> str:
     """The machine code of what was compiled here: matrix products, activations, and the rest where it was run."""
-    compiled = [*(matmul(*pair) for pair in FORMATS), _fill, rms_norm, swiglu, attend("f16"), attend("f32"), attend("q8")]
+    tiles = [function for tile in outline._tiles for function in tile._registered.values()]  # called by name, so in no other's code
+    assert len(tiles) >= 10
+    compiled = [*tiles, *(matmul(*pair) for pair in FORMATS), _fill, rms_norm, swiglu, attend("f16"), attend("f32"), attend("q8")]
     return "\n".join(text for function in compiled for text in function.inspect_asm().values())
 
 
