@@ -2,7 +2,7 @@
 
 python forms_probe.py OUT.npz              products alone: the int8 dot is all that has forms
 python forms_probe.py OUT.npz -            all kernels
-python forms_probe.py OUT.npz FOLDER       all kernels, and logits of the models in FOLDER
+python forms_probe.py OUT.npz FOLDER       all kernels, and logits of the model in FOLDER
 """
 
 import sys
@@ -65,28 +65,11 @@ def kernels() -> dict[str, np.ndarray]:
 
 
 def logits(folder) -> dict[str, np.ndarray]:
-    """Logits of the q8 and the q4 model in a folder, by decode and by prefill; the q4 model's kernels hold the q8 model's."""
+    """Logits of a q4 model, whose other matrices are q8, by decode and by prefill."""
     from npmix.engine import Engine
-    from npmix.model import forward
 
     with Engine(folder / "q4", threads=2, chunk=16) as engine:
-        slots = tuple(engine._forward.weights.slots)
-    whole = forward.entry
-    results = {}
-    for name in ("q8", "q4"):
-
-        def entry(wanted, embeddings, kv):
-            assert slots[: len(wanted)] == wanted  # so slots mean the same, and one compilation serves both
-            return whole(slots, embeddings, kv)
-
-        forward.entry = entry
-        try:
-            with Engine(folder / name, threads=2, chunk=16) as engine:
-                results[f"{name} prefill"] = engine.logits(IDS)
-                results[f"{name} decode"] = np.stack([engine.step(int(t)) for t in IDS])
-        finally:
-            forward.entry = whole
-    return results
+        return {"prefill": engine.logits(IDS), "decode": np.stack([engine.step(int(t)) for t in IDS])}
 
 
 def assembly() -> str:
