@@ -91,7 +91,7 @@ def _pair_by_panel(name, group):
     def pair_by_panel(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, panel):
         plain_bytes = n_groups // 2 * plain if block_bytes else 0
         unpack(w, n_groups, panel)
-        if block_bytes:
+        if BLOCKS > 1 and block_bytes:
             unpack(w + block_bytes, n_groups, panel + plain_bytes)
         pair(panel, plain_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block)
 
