@@ -6,7 +6,8 @@ Packed formats: a weight is an int8 times a float16 scale per group of G inputs,
 its codes become int8:
 
     q8              w = (code - 128) * scale
-    q4, q6          w = values[code] * multipliers[selector] * scale
+    q6              w = values[code] * scale
+    q4              w = values[code] * multipliers[selector] * scale
     q2, q3, q5      w = values[selector][code] * scale
 
 with a selector for each `per` inputs of a row. Values are small tables of integers, uneven because weights are; a selector
@@ -30,12 +31,13 @@ from dataclasses import dataclass
 
 ROW_BLOCK = 16  # rows of a row block
 CHUNK = 32  # inputs whose codes lie together: whole lines of every plane
-GROUPS = (32, 64, 128)  # inputs that may share a scale
-SHARED = 128  # activations that share a scale, whatever the weights' group: dim 4,096 has 32 scales a token
+GROUPS = (32, 64, 128)  # inputs that may share a scale; their activations share one too
 EXPERT_UNIT = 256  # rows of w_gate and w_up that one thread takes at a time: whole pairs of groups of w_down's inputs
 
-# The scales that rounding tries for a format with a table, times its `unit`, and how often it refits the best by least squares
+# The scales that rounding tries for a format with selectors, times its `unit`; those for one without, as what the largest weight
+# becomes, in units of the lowest value; and how often it refits the best by least squares
 RATIOS = (0.7, 0.775, 0.85, 0.95, 1.05, 1.15, 1.275, 1.4)
+EXTREMES = (1.0, 0.985, 1.015, 1.03, 1.045, 1.06, 1.09, -0.97)
 REFITS = 2
 
 DENSE = {"f32": 4, "f16": 2, "bf16": 2}  # bytes a weight
@@ -47,7 +49,7 @@ class Packed:
 
     planes: bits of each plane of codes. group: inputs that share a scale unless the recipe says otherwise. values: a row of
     ascending integers by code for each selector, or one for all; () for code - 128. multipliers: of each selector. per: inputs that
-    share a selector. unit: the scale that most groups of weights with a mean square of 1 get, where the search for theirs starts.
+    share a selector. unit: the scale that most groups of weights with a mean square of 1 get, if there are selectors.
     """
 
     name: str
@@ -70,12 +72,12 @@ class Packed:
     @property
     def word(self) -> int:
         """Inputs whose selectors lie together, in whole bytes."""
-        return 64 if self.per and 32 // self.per * self.selector_bits % 8 else 32
+        return 64 if self.selector_bits and 32 // self.per * self.selector_bits % 8 else 32
 
     @property
     def groups(self) -> tuple[int, ...]:
         """The groups this format can have: selectors stand in for finer ones."""
-        return (self.group,) if self.per else GROUPS
+        return (self.group,) if self.selector_bits else GROUPS
 
     @property
     def pad(self) -> int:
@@ -276,8 +278,8 @@ PACKED = {
     format.name: format
     for format in (
         Packed("q8", (8,), 128),
-        Packed("q6", (4, 2), 128, (tuple(range(-32, 32)),), (2, 3), 4, 0.0308),
-        Packed("q5", (4, 1), 128, _Q5, (1,) * 4, 8, 0.03),
+        Packed("q6", (4, 2), 32, (tuple(range(-32, 32)),), (1,), 32),
+        Packed("q5", (4, 1), 64, _Q5, (1,) * 4, 8, 0.029),
         Packed("q4", (4,), 128, ((-10, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 7, 9, 11),), (-5, -4, -3, -2, 2, 3, 4, 5), 8, 0.0578),
         Packed("q3", (2, 1), 128, _Q3, (1,) * 16, 16, 0.029),
         Packed("q2", (2,), 128, _Q2, (1,) * 16, 8, 0.0219),

@@ -5,7 +5,7 @@ each is held to the plain one on random and edge values.
 """
 
 from . import cpu
-from .simd import call, const_vector, join, load, scalar, shuffle, splat, vector
+from .simd import call, const_vector, emit_fma, join, load, scalar, shuffle, splat, vector
 
 
 def emit_splat4(builder, address):
@@ -37,13 +37,27 @@ def takes_signed():
 
 
 START = -128  # a group's sum of inputs is kept times this: what accumulators of codes that are int8 + 128 start from
+FLOAT = 0x4B400000  # 1.5 * 2^23 as float32: an integer below 2^22 added to these bits is, read as float32, that much more
 
 
 def emit_dot_start(builder, address):
-    """What an accumulator starts from, all lanes; address: int32, START times the sum of the group's inputs."""
+    """What an accumulator starts from, all lanes; address: int32, FLOAT + START times the sum of the group's inputs."""
     if takes_signed():
-        return const_vector("i32", 16, 0)
+        return const_vector("i32", 16, FLOAT)
     return splat(builder, load(builder, address, scalar("i32")))
+
+
+def emit_scaled(builder, acc, scale, less):
+    """float32: the integer in an accumulator times a float16 scale, rounded once; less: `emit_less` of that scale.
+
+    The accumulator's bits are a float32 that is the integer too large by 1.5 * 2^23: no conversion is needed.
+    """
+    return emit_fma(builder, builder.bitcast(acc, vector("f32", 16)), scale, less)
+
+
+def emit_less(builder, scale):
+    """-1.5 * 2^23 times a scale: exact, a float16 has 11 bits."""
+    return builder.fmul(scale, const_vector("f32", 16, -1.5 * 2.0**23))
 
 
 def _vnni_operands(builder, codes, inputs):

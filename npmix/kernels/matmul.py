@@ -9,7 +9,7 @@ import functools
 
 import numpy as np
 
-from ..formats import DENSE, SHARED, packed_bytes, span_bytes
+from ..formats import DENSE, packed_bytes, span_bytes
 from ._jit import njit
 from .ops import fetch
 from .tile import BLOCKS, HEIGHT, SINGLE, dense_tile, packed_tile
@@ -25,7 +25,7 @@ def act_bytes(cols, group):
     if group == 0:
         return (cols + 15) // 16 * 64
     n_groups = (cols + 2 * group - 1) // (2 * group) * 2
-    return n_groups * (group + 4) + (n_groups * group + SHARED - 1) // SHARED * 4
+    return n_groups * (group + 8)
 
 
 @functools.lru_cache(maxsize=None)

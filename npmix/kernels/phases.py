@@ -9,12 +9,12 @@ import functools
 import numpy as np
 from numpy import float32 as F
 
-from ..formats import EXPERT_UNIT, SHARED
+from ..formats import EXPERT_UNIT
 from ._jit import njit
 from .matmul import absent, matmul
 from .ops import add, get_f32, get_i64, load_f32, put_f32, put_i64, store_f32, ticks
 from .router import choose
-from .rows import quantise_row, quantise_shared, rms_norm, rope, swiglu
+from .rows import quantise_group, quantise_row, rms_norm, rope, swiglu
 from .tables import *  # noqa: F403  (the columns)
 from .team import barrier
 
@@ -189,10 +189,10 @@ def unit_to_acts(h, unit, hidden, group, tile, height, t):
         return
     width = (hidden + 2 * group - 1) // (2 * group) * 2 * group
     scales = tile + height * width
-    starts = scales + (width + SHARED - 1) // SHARED * 4 * height
-    for k in range(start, min(start + EXPERT_UNIT, width), SHARED):
-        at, first = scales + 4 * (k // SHARED * height + t), starts + 4 * (k // group * height + t)
-        quantise_shared(h + 4 * (k - start), min(SHARED, width - k), group, tile + height * k + 4 * t, 4 * height, at, first, 4 * height)
+    starts = scales + width // group * 4 * height
+    for k in range(start, min(start + EXPERT_UNIT, width), group):
+        place = 4 * (k // group * height + t)
+        quantise_group(h + 4 * (k - start), group, tile + height * k + 4 * t, 4 * height, scales + place, starts + place)
 
 
 @njit

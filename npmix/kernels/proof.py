@@ -13,7 +13,7 @@ import numpy as np
 from ..formats import PACKED, span_bytes
 from . import cpu
 from ._jit import DISABLED, cache_dir, njit
-from .dot import START, emit_dot4, emit_dot_start
+from .dot import FLOAT, START, emit_dot4, emit_dot_start
 from .simd import i64, load, op, peek, poke, store, vector, void
 from .unpack import twin_row_block, unpack_block
 
@@ -63,11 +63,11 @@ def dots_agree() -> bool:
     inputs[:32], inputs[32:64] = rng.choice([-127, 0, 127], (32, 4)), 127
     codes[32:40], inputs[40:48] = 255, -127
     wide = np.tile(inputs, (1, 16))
-    totals = START * inputs.sum(1, dtype=np.int32)
+    totals = FLOAT + START * inputs.sum(1, dtype=np.int32)
     out = np.zeros((512, 16), np.int32)
     dot_kernel(cpu.form())(*(a.__array_interface__["data"][0] for a in (codes, wide, totals, out)), 512)
     exact = (codes.astype(np.int32) - 128) * wide
-    return np.array_equal(out, exact.reshape(512, 16, 4).sum(2))
+    return np.array_equal(out - FLOAT, exact.reshape(512, 16, 4).sum(2))
 
 
 def unpacks(name: str) -> bool:

@@ -9,7 +9,7 @@ import functools
 
 import numpy as np
 
-from ..formats import CHUNK, PACKED, RATIOS, REFITS, codes_at, row_blocks, span_bytes, spans
+from ..formats import CHUNK, EXTREMES, PACKED, RATIOS, REFITS, codes_at, row_blocks, span_bytes, spans
 from ._jit import njit
 from .ops import (
     absolute,
@@ -38,12 +38,12 @@ _Q8_TOP, _Q8_EDGE = np.float32(127), np.float32(127.5)
 # Scratch memory in 64-byte vectors of 16 rows: the group's weights, its codes, its selectors, then the places named here
 _WEIGHTS, _CODES, _SELECTORS = 0, 64 * 128, 64 * 256
 (
-    _LARGEST, _SCALE, _TRY, _HALF,
+    _LARGEST, _EXTREME, _SCALE, _TRY, _HALF,
     _ERROR, _PRODUCT, _NORM,
     _BEST_ERROR, _BEST_PRODUCT, _BEST_NORM,
     _SUB_ERROR, _SUB_PRODUCT, _SUB_NORM,
-) = range(_SELECTORS + 64 * 32, _SELECTORS + 64 * 45, 64)  # fmt: skip
-_SCRATCH_BYTES = _SELECTORS + 64 * 45
+) = range(_SELECTORS + 64 * 32, _SELECTORS + 64 * 46, 64)  # fmt: skip
+_SCRATCH_BYTES = _SELECTORS + 64 * 46
 
 
 # ---- one group of 16 rows ------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def _half(scale, scratch):
 
 @njit
 def _load(w, rows, cols, row, col, group, scratch):
-    """w's 16 rows x group inputs, zeros outside, and the largest |w| of each row. Returns 0 if all are finite, else 1."""
+    """w's 16 rows x group inputs, zeros outside, the largest |w| of each row, and that weight. Returns 0 if all are finite, else 1."""
     x = scratch + _WEIGHTS
     for r in range(16):
         n = max(min(group, cols - col), 0) if row + r < rows else 0
@@ -68,13 +68,15 @@ def _load(w, rows, cols, row, col, group, scratch):
             put_f32(x + 64 * k + 4 * r, get_f32(at + 4 * k))
         for k in range(n, group):
             put_f32(x + 64 * k + 4 * r, _ZERO)
-    largest = splat_f32(_ZERO)
+    largest, extreme = splat_f32(_ZERO), splat_f32(_ZERO)
     none = splat_f32(_ZERO)
     for k in range(group):
         v = load_f32(x + 64 * k)
         none = add(none, sub(v, v))  # 0, or NaN once an infinity or a NaN was seen
+        extreme = where_greater(absolute(v), largest, v, extreme)
         largest = maximum(absolute(v), largest)
     store_f32(scratch + _LARGEST, largest)
+    store_f32(scratch + _EXTREME, extreme)
     return 0 if sum_f32(none) == _ZERO else 1
 
 
@@ -153,8 +155,9 @@ def _rounder(name):
         return plain
     measure, code, per, pad = _measurer(name), nearest_of(name, True), spec.per, np.float32(spec.pad)
     multipliers, row_bytes = np.array(spec.multipliers, np.float32), 4 * rows_table(name).shape[1]
-    ratios = np.array([np.float32(spec.unit) * np.float32(ratio) for ratio in RATIOS], np.float32)
-    least = np.float32(1 / spec.top)
+    by_mean, least = spec.selector_bits > 0, np.float32(1 / spec.top)
+    unit, ratios = (np.float32(spec.unit), RATIOS) if by_mean else (np.float32(spec.row(0)[0]), EXTREMES)
+    ratios = np.array([unit * np.float32(ratio) for ratio in ratios], np.float32)
 
     @njit
     def consider(scale, group, importance, rows, scratch):
@@ -207,8 +210,10 @@ def _rounder(name):
         store_f32(scratch + _BEST_PRODUCT, splat_f32(_ZERO))
         store_f32(scratch + _BEST_NORM, splat_f32(_ZERO))
         for i in range(len(ratios)):
-            consider(_half(mul(mean, splat_f32(ratios[i])), scratch), group, importance, rows, scratch)
-        consider(_half(mul(load_f32(scratch + _LARGEST), splat_f32(least)), scratch), group, importance, rows, scratch)
+            tried = mul(mean, splat_f32(ratios[i])) if by_mean else div(load_f32(scratch + _EXTREME), splat_f32(ratios[i]))
+            consider(_half(tried, scratch), group, importance, rows, scratch)
+        if by_mean:
+            consider(_half(mul(load_f32(scratch + _LARGEST), splat_f32(least)), scratch), group, importance, rows, scratch)
         for _ in range(REFITS):
             norm = load_f32(scratch + _BEST_NORM)
             fitted = div(load_f32(scratch + _BEST_PRODUCT), where_greater(norm, splat_f32(_ZERO), norm, splat_f32(_ONE)))
@@ -225,8 +230,8 @@ def _rounder(name):
 def _row_blocks_kernel(name):
     """An entry (w, rows, cols, group, importance, table, limit, first_codes, span_size, out, scratch): 0, 1 (not finite) or 2 (too large)."""
     spec, round_group, write_codes = PACKED[name], _rounder(name), pack_chunk(name)
-    write_selectors = pack_selectors(name) if spec.per else write_codes
-    per, bits, word, selector_bytes = spec.per, spec.bits, spec.word, 16 * spec.selector_bytes(spec.word)
+    write_selectors = pack_selectors(name) if spec.selector_bits else write_codes
+    per, bits, word, selector_bytes = spec.per if spec.selector_bits else 0, spec.bits, spec.word, 16 * spec.selector_bytes(spec.word)
 
     @njit
     def write(group, which, first_codes, span, scratch):

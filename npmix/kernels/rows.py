@@ -11,9 +11,9 @@ from numpy import float32 as F
 from numpy import int32 as I32
 from numpy import int64 as I64
 
-from ..formats import SHARED, span_bytes
+from ..formats import span_bytes
 from ._jit import njit
-from .dot import START
+from .dot import FLOAT, START
 from .ops import (
     absolute,
     add,
@@ -98,27 +98,26 @@ def rms_norm(x, weight, dim, width, eps, out):
 
 
 @njit
-def quantise_shared(x, count, group, codes, word_bytes, scale, starts, start_bytes):
-    """int8 codes = nearest(x * 127 / max|x|) of `count` inputs that share a scale (up to SHARED), whole groups of them.
+def quantise_group(x, group, codes, word_bytes, scale, start):
+    """int8 codes = nearest(x * 127 / max|x|) of the inputs of one group, which share a scale.
 
-    Four consecutive codes are a word, `word_bytes` apart, as a tile wants them. scale: float32; starts: of each group
-    its codes' sum times START, int32. An element that is not finite gives a NaN for a scale, so that nothing hides it.
+    Four consecutive codes are a word, `word_bytes` apart, as a tile wants them. scale: float32; start: int32, what accumulators
+    start from (`dot.emit_dot_start`). An element that is not finite gives a NaN for a scale, so that nothing hides it.
     """
     top, taint = splat_f32(F(0.0)), splat_f32(F(0.0))
-    for k in range(0, count, 16):
+    for k in range(0, group, 16):
         v = load_f32(x + 4 * k)
         top = maximum(absolute(v), top)
         taint = fma(v, splat_f32(F(0.0)), taint)
     largest = max_f32(top)
     tiny = largest < F(1e-30)  # 127 / largest would overflow
     inverse = splat_f32(F(0.0) if tiny else F(127.0) / largest)
-    for first in range(0, count, group):
-        counted = splat_i32(I32(0))
-        for k in range(first, first + group, 16):
-            code = to_i32(nearest(mul(load_f32(x + 4 * k), inverse)))
-            counted = add_i32(counted, code)
-            store_i8_words(codes + k // 4 * word_bytes, code, word_bytes)
-        put_i32(starts + first // group * start_bytes, I64(sum_i32(counted)) * START)
+    counted = splat_i32(I32(0))
+    for k in range(0, group, 16):
+        code = to_i32(nearest(mul(load_f32(x + 4 * k), inverse)))
+        counted = add_i32(counted, code)
+        store_i8_words(codes + k // 4 * word_bytes, code, word_bytes)
+    put_i32(start, FLOAT + I64(sum_i32(counted)) * START)
     put_f32(scale, (F(0.0) if tiny else largest / F(127.0)) + sum_f32(taint))
 
 
@@ -129,12 +128,10 @@ def quantise_row(x, cols, group, out):
         for k in range(0, cols, 16):
             store_f32(out + 4 * k, load_f32(x + 4 * k))
         return
-    width = (cols + 2 * group - 1) // (2 * group) * 2 * group
-    scales = out + width
-    starts = scales + (width + SHARED - 1) // SHARED * 4
-    for k in range(0, width, SHARED):
-        at = scales + k // SHARED * 4
-        quantise_shared(x + 4 * k, min(SHARED, width - k), group, out + k, I64(4), at, starts + k // group * 4, I64(4))
+    n_groups = (cols + 2 * group - 1) // (2 * group) * 2
+    scales = out + n_groups * group
+    for g in range(n_groups):
+        quantise_group(x + 4 * g * group, group, out + g * group, I64(4), scales + 4 * g, scales + 4 * (n_groups + g))
 
 
 @njit
@@ -145,8 +142,8 @@ def put_in_tile(row, cols, group, tile, height, t):
         for k in range(0, cols, 16):
             store_f32(at + 4 * k, load_f32(row + 4 * k))
         return
-    width = (cols + 2 * group - 1) // (2 * group) * 2 * group
-    for i in range(width // 4 + (width + SHARED - 1) // SHARED + width // group):  # codes, scales and starts are all four bytes a piece
+    n_groups = (cols + 2 * group - 1) // (2 * group) * 2
+    for i in range(n_groups * (group // 4 + 2)):  # codes, scales and starts are all four bytes a piece
         put_i32(tile + 4 * (i * height + t), get_i32(row + 4 * i))
 
 

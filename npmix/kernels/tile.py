@@ -3,8 +3,7 @@
 One hard fact: the summation law stands here and nowhere else, and does not know R or h, so one token
 alone (decode), six of a tile (prefill) and any split over threads give the same bits:
 
-    packed   y = 0; for each run of SHARED inputs in order:  s = 0; for each of its groups g in order:
-             s = fma(float(int_g), w_scale[g], s); then  y = fma(s, x_scale of the run, y)
+    packed   y = 0; for each group g in order:  y = fma(float(int_g) * w_scale[g], x_scale[g], y)
              int_g is the exact integer dot of the group, in any order
     dense    16 lanes, lane k % 16, k ascending by fma; then lanes added by halves (8, 4, 2, 1);
              the last cols % 16 inputs enter as one more vector that ends at the row's end
@@ -13,7 +12,7 @@ Each tile is an operation with its NumPy twin; loops are emitted as IR because a
 as 24 must stay in registers, which a Python body cannot promise.
 
 Activations of a tile of h tokens ("acts") lie together, `act_bytes` per token:
-    packed   codes int8 [cols_padded / 4][h][4], x_scale float32 [runs][h], starts int32 [groups][h] (START * sum of the group's codes)
+    packed   codes int8 [cols_padded / 4][h][4], x_scale float32 [groups][h], starts int32 [groups][h] (`dot.emit_dot_start`)
     dense    float32 [h][cols_padded], padding zero
 """
 
@@ -23,9 +22,9 @@ import functools
 import numpy as np
 from numba.core import cgutils
 
-from ..formats import CHUNK, SHARED, span_bytes
+from ..formats import CHUNK, span_bytes
 from . import cpu
-from .dot import emit_dot4, emit_dot_multiplied, emit_dot_start, emit_splat4, multiplies_sums
+from .dot import emit_dot4, emit_dot_multiplied, emit_dot_start, emit_less, emit_scaled, emit_splat4, multiplies_sums
 from .outline import outlined
 from .simd import (
     const_i64,
@@ -52,7 +51,7 @@ from .simd import (
 from .unpack import Unpacker, twin_row_block
 
 # The tallest tile: 2 row blocks x 6 tokens are 12 integer and 12 float accumulators of AVX-512's 32 registers (the totals of
-# earlier runs are touched once in SHARED inputs and may lie on the stack); where 16 lanes take several registers, 1 x 4 keeps
+# earlier groups are touched once a group and may lie on the stack); where 16 lanes take several registers, 1 x 4 keeps
 # the integer ones from spilling.
 BLOCKS, HEIGHT = (2, 6) if cpu.wide_registers() else (1, 4)
 # One token takes SINGLE row blocks: each broadcast of inputs feeds 4 dots, and fewer instructions a byte keep more bytes in flight.
@@ -79,14 +78,14 @@ def packed_tile(name, group, blocks, height):
 
 
 class _PackedLoops:
-    """The loops of one packed tile, being written into a function: runs of SHARED inputs, their groups, the lines of a group."""
+    """The loops of one packed tile, being written into a function: groups, their chunks, the vectors of a chunk."""
 
     def __init__(self, builder, name, group, blocks, height, w, block_bytes, n_groups, acts, out, out_bytes, next_block):
         self.builder, self.name, self.group, self.height = builder, name, group, height
         self.n_groups, self.acts = n_groups, acts
         self.out, self.out_bytes, self.next_block = out, out_bytes, next_block
         self.cells = [(r, t) for r in range(blocks) for t in range(height)]
-        self.source, self.run_groups = Unpacker(builder, name, group), SHARED // group
+        self.source = Unpacker(builder, name, group)
         self.chains = max(1, min(4, 8 // len(self.cells)))  # few cells: split sums, or the dot's latency shows
         self.chunks = group // CHUNK
         self.unroll = self.chunks  # chunks written out one after the other
@@ -94,29 +93,15 @@ class _PackedLoops:
             self.unroll //= 2
 
         self.scales = builder.add(acts, builder.mul(n_groups, const_i64(group * height)))
-        self.runs = builder.udiv(builder.add(n_groups, const_i64(self.run_groups - 1)), const_i64(self.run_groups))
-        self.starts = builder.add(self.scales, builder.mul(self.runs, const_i64(4 * height)))
+        self.starts = builder.add(self.scales, builder.mul(n_groups, const_i64(4 * height)))
         self.rows = [builder.add(w, builder.mul(block_bytes, const_i64(r))) for r in range(blocks)]
         self.total = {c: cgutils.alloca_once_value(builder, const_vector("f32", 16, 0.0)) for c in self.cells}
-        self.scaled = {c: cgutils.alloca_once(builder, vector("f32", 16)) for c in self.cells}
         self.part = {(c, k): cgutils.alloca_once(builder, vector("i32", 16)) for c in self.cells for k in range(self.chains)}
 
     def emit(self):
-        builder, full = self.builder, const_i64(self.run_groups)
-        if self.run_groups == 1:
-            with self.loop(self.runs) as index:
-                self.run(index, index, 1)
-        elif self.height == 1 and len(self.rows) == SINGLE:  # little work a byte: without inner loops more bytes are in flight
-            with self.loop(builder.udiv(self.n_groups, full)) as index:
-                self.run(index, builder.mul(index, full), self.run_groups)
-            if self.run_groups > 2:  # a last run of half the length
-                with builder.if_then(builder.trunc(builder.lshr(self.n_groups, const_i64(1)), scalar("i1"))):
-                    self.run(builder.sub(self.runs, const_i64(1)), builder.sub(self.n_groups, const_i64(2)), 2)
-        else:
-            with self.loop(self.runs) as index:
-                first = builder.mul(index, full)
-                left = builder.sub(self.n_groups, first)
-                self.run(index, first, builder.select(builder.icmp_signed("<", left, full), left, full))
+        builder = self.builder
+        with self.loop(self.n_groups) as g:
+            self.group_of(g)
         for r, t in self.cells:
             at = builder.add(builder.mul(self.out_bytes, const_i64(t)), builder.mul(self.next_block, const_i64(r)))
             store(builder, builder.load(self.total[r, t]), builder.add(self.out, at))
@@ -125,23 +110,6 @@ class _PackedLoops:
     def loop(self, count):
         with cgutils.for_range(self.builder, count, intp=scalar("i64")) as loop:
             yield loop.index
-
-    def run(self, index, first, count):
-        """One run of inputs that share an activation scale: `count` groups (a number, or an i64) from group `first`."""
-        builder = self.builder
-        for cell in self.scaled.values():
-            builder.store(const_vector("f32", 16, 0.0), cell)
-        if isinstance(count, int):
-            for i in range(count):
-                self.group_of(builder.add(first, const_i64(i)))
-        else:
-            with self.loop(count) as i:
-                self.group_of(builder.add(first, i))
-        at = builder.add(self.scales, builder.mul(index, const_i64(4 * self.height)))
-        for r, t in self.cells:
-            x_scale = splat(builder, load(builder, builder.add(at, const_i64(4 * t)), scalar("f32")))
-            value = emit_fma(builder, builder.load(self.scaled[r, t]), x_scale, builder.load(self.total[r, t]))
-            builder.store(value, self.total[r, t])
 
     def group_of(self, g):
         """One group: exact integers chunk by chunk, then scaled and added."""
@@ -163,10 +131,13 @@ class _PackedLoops:
                     self.chunk(places, inputs, builder.add(builder.mul(index, const_i64(self.unroll)), const_i64(i)))
         scale_at = builder.add(span, builder.mul(half, const_i64(32)))
         w_scale = [emit_load_f16(builder, builder.add(b, scale_at)) for b in self.rows]
-        for c in self.cells:
-            parts = [builder.load(self.part[c, k]) for k in range(self.chains)]
-            exact = builder.sitofp(functools.reduce(builder.add, parts), vector("f32", 16))
-            builder.store(emit_fma(builder, exact, w_scale[c[0]], builder.load(self.scaled[c])), self.scaled[c])
+        less = [emit_less(builder, scale) for scale in w_scale]
+        x_at = builder.add(self.scales, builder.mul(g, const_i64(4 * self.height)))
+        for r, t in self.cells:
+            exact = functools.reduce(builder.add, [builder.load(self.part[(r, t), k]) for k in range(self.chains)])
+            x_scale = splat(builder, load(builder, builder.add(x_at, const_i64(4 * t)), scalar("f32")))
+            scaled = emit_scaled(builder, exact, w_scale[r], less[r])
+            builder.store(emit_fma(builder, scaled, x_scale, builder.load(self.total[r, t])), self.total[r, t])
 
     def chunk(self, places, inputs, index):
         """One chunk of each row block against its inputs of every token."""
@@ -178,7 +149,7 @@ class _PackedLoops:
                 for line in range(0, source.chunk_bytes, 64):
                     prefetch(builder, builder.add(at, const_i64(AHEAD + line)))
         chunks = [source.open(builder.add(b, places[0]), builder.add(b, places[1]), index) for b in self.rows]
-        if multiplies_sums() and source.spec.per and len(source.spec.values) == 1:
+        if multiplies_sums() and source.spec.selector_bits and len(source.spec.values) == 1:
             self.sub_blocks(chunks, inputs)
             return
         for i in range(CHUNK // 4):
@@ -208,14 +179,11 @@ def _packed_twin(name, group, blocks, height):
         codes, w_scale = np.concatenate(codes), np.concatenate(w_scale)
         cols = n_groups * group
         x = peek(acts, np.int8, height * cols).reshape(-1, height, 4).transpose(1, 0, 2).reshape(height, n_groups, group)
-        x_scale = peek(acts + height * cols, np.float32, -(-cols // SHARED) * height).reshape(-1, height)
+        x_scale = peek(acts + height * cols, np.float32, n_groups * height).reshape(-1, height)
         y = np.zeros((height, 16 * blocks), np.float32)
-        for run, first in enumerate(range(0, n_groups, SHARED // group)):
-            scaled = np.zeros_like(y)
-            for g in range(first, min(first + SHARED // group, n_groups)):
-                exact = x[:, g].astype(np.int32) @ codes[:, g].T
-                scaled = twin_fma(exact.astype(np.float32), w_scale[None, :, g], scaled)
-            y = twin_fma(scaled, x_scale[run][:, None], y)
+        for g in range(n_groups):
+            exact = x[:, g].astype(np.int32) @ codes[:, g].T
+            y = twin_fma(exact.astype(np.float32) * w_scale[None, :, g], x_scale[g][:, None], y)
         for t in range(height):
             for r in range(blocks):
                 poke(out + t * out_bytes + r * next_block, y[t, 16 * r : 16 * r + 16])

@@ -7,7 +7,7 @@ quantised are padded with zeros to 256 numbers, the widest pair of groups.
 import numpy as np
 
 from ..config import Config
-from ..formats import EXPERT_UNIT, SHARED
+from ..formats import EXPERT_UNIT
 from ..kernels import tables as t
 from ..kernels.attention import BLOCK, TALLEST, scores_bytes
 from ..kernels.decode import RUN
@@ -27,7 +27,7 @@ def _act_bytes(cols: int, group: int) -> int:
     if group == 0:
         return 4 * _pad(cols, 16)
     cols = _pad(cols, 2 * group)
-    return cols + 4 * (-(-cols // SHARED) + cols // group)
+    return cols + 8 * (cols // group)
 
 
 class RunState:

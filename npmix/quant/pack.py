@@ -21,7 +21,7 @@ def pack(codes: np.ndarray, scales: np.ndarray, selectors: np.ndarray, format: s
     # (block, row, span, group) -> (block, span, group, row)
     by_span = _padded(scales.astype(np.float16), blocks, 2 * per_row, 0).reshape(blocks, ROW_BLOCK, per_row, 2).transpose(0, 2, 3, 1)
     out[:, :, :64] = np.ascontiguousarray(by_span).view(np.uint8).reshape(blocks, per_row, 64)
-    if spec.per:
+    if spec.selector_bits:
         chosen = _padded(selectors, blocks, width // spec.per, 0).reshape(blocks, ROW_BLOCK, -1, spec.word // spec.per)
         numbers = (chosen.astype("<u4") << spec.selector_bits * np.arange(chosen.shape[3], dtype="<u4")).sum(3, dtype="<u4")
         # (block, row, word, byte) -> (block, span, chunk, row, byte)
@@ -55,8 +55,8 @@ def unpack(data: np.ndarray, format: str, shape: tuple[int, int], group: int) ->
     data = data.reshape(blocks, per_row, span_bytes(format, group))
     by_span = np.ascontiguousarray(data[:, :, :64]).view(np.float16).reshape(blocks, per_row, 2, ROW_BLOCK)
     scales = by_span.transpose(0, 3, 1, 2).reshape(blocks * ROW_BLOCK, 2 * per_row)
-    selectors = np.zeros((rows, 0), np.uint8)
-    if spec.per:
+    selectors = np.zeros((rows, -(-cols // spec.per) if spec.per else 0), np.uint8)
+    if spec.selector_bits:
         size = spec.selector_bytes(spec.word)
         parts = data[:, :, 64 : codes_at(format, group)].reshape(blocks, per_row, -1, ROW_BLOCK, size).astype("<u4")
         numbers = (parts << 8 * np.arange(size, dtype="<u4")).sum(4, dtype="<u4")

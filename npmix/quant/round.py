@@ -6,8 +6,9 @@ q8: scale = max|w| / 127, one step up if float16 has rounded it so far down that
     subnormal scales do); codes -127 .. 127.
 the formats with a table: least weighted squares, sum(v (w - integer * scale)^2) with an importance v of each input (1 where
     none is known), over a few scales: root mean square * unit * each of RATIOS, and the scale at which the largest
-    weight is the largest integer. Under a scale each sub-block takes the selector of least error, each weight the
-    nearest value. The best scale is then refitted twice, s' = sum(v w q) / sum(v q q), as long as that helps. The
+    weight is the largest integer; without selectors those that make of the weight of largest magnitude the lowest
+    value times each of EXTREMES, so scales may be negative. Under a scale each sub-block takes the selector of least
+    error, each weight the nearest value. The best scale is then refitted twice, s' = sum(v w q) / sum(v q q), as long as that helps. The
     first wins ties, selectors and scales alike. Least squares shrinks weights, all of a model in the same direction, which
     costs more than it gains: codes and selectors are kept, and the scale becomes sum(v w w) / sum(v w q), which does not,
     unless that doubles it: then (weights below float16's least scale) next to nothing is left to keep the size of.
@@ -19,7 +20,7 @@ without fma, so that the kernel, which runs 16 rows side by side, gives the same
 import numpy as np
 
 from ..errors import ConversionError
-from ..formats import PACKED, RATIOS, REFITS
+from ..formats import EXTREMES, PACKED, RATIOS, REFITS
 
 LARGEST_HALF = 65504.0
 SMALLEST_HALF = 2.0**-24
@@ -93,8 +94,12 @@ def _search(spec, w: np.ndarray, v: np.ndarray):
     """w, v (rows, groups, G) -> scales (rows, groups), selectors (rows, groups, sub-blocks), codes like w."""
     x, importance = (a.reshape(*a.shape[:2], -1, spec.per) for a in (w, v))
     mean, largest = np.sqrt(_sum(w * w) * (F(1) / F(w.shape[2]))), np.abs(w).max(-1)
-    tries = [_half(mean * (F(spec.unit) * F(ratio))) for ratio in RATIOS]
-    tries.append(_half(largest * F(1 / spec.top)))
+    if spec.selector_bits:
+        tries = [_half(mean * (F(spec.unit) * F(ratio))) for ratio in RATIOS]
+        tries.append(_half(largest * F(1 / spec.top)))
+    else:
+        extreme = np.take_along_axis(w, np.abs(w).argmax(-1)[..., None], -1)[..., 0]
+        tries = [_half(extreme / (F(spec.row(0)[0]) * F(ratio))) for ratio in EXTREMES]
     best = None
     for at in range(len(tries) + REFITS):
         scale = tries[at] if at < len(tries) else _half(best[2] / np.where(best[3] > 0, best[3], F(1)))
