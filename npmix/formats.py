@@ -38,6 +38,11 @@ EXPERT_UNIT = 256  # rows of w_gate and w_up that one thread takes at a time: wh
 RATIOS = (0.7, 0.775, 0.85, 0.95, 1.05, 1.15, 1.275, 1.4)
 REFITS = 2
 
+# Error-compensating rounding: what is added to the diagonal of second moments of mean 1, the scales tried, and the limits of the last step
+DAMPING = 0.01
+STEPS = (0.94, 1.0, 1.06)
+SCALE_BOUNDS = (0.75, 1.34)
+
 DENSE = {"f32": 4, "f16": 2, "bf16": 2}  # bytes a weight
 
 
