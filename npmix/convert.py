@@ -75,6 +75,17 @@ def tensor_formats(config: Config, recipe: dict, router_format) -> dict[str, tup
     return out
 
 
+def formats_of(source, recipe: dict) -> dict[str, tuple[str, int]]:
+    """Our name -> (format, group) of the store to be made; what a packed source has in the recipe's format already keeps its group too."""
+    formats = tensor_formats(source.config, recipe, lambda name: source.tensor(name).format)
+    if isinstance(source, Store):
+        for name, (format, _) in formats.items():
+            tensor = source.tensor(name)
+            if tensor.format == format:
+                formats[name] = (format, tensor.group)
+    return formats
+
+
 def as_float32(tensor: Tensor, first: int, last: int) -> np.ndarray:
     """Rows [first, last) of a matrix as a new, aligned float32 array; of a packed one whole row blocks (first a multiple of 16)."""
     rows, data = last - first, tensor.data
@@ -233,12 +244,11 @@ def _open(source, dst, requantize: bool):
 
 def _warn_of_both(source: Store, recipe: dict) -> None:
     """Say what rounding a second time costs, unless nothing was rounded, or nothing will be."""
-    formats = tensor_formats(source.config, recipe, lambda name: source.tensor(name).format)
     twice: dict[tuple[str, str], int] = {}
-    for name, (format, group) in formats.items():
-        tensor = source.tensor(name)
-        if tensor.format in PACKED and (tensor.format, tensor.group) != (format, group):
-            twice[tensor.format, format] = twice.get((tensor.format, format), 0) + 1
+    for name, (format, _) in formats_of(source, recipe).items():
+        old = source.tensor(name).format
+        if old in PACKED and old != format:
+            twice[old, format] = twice.get((old, format), 0) + 1
     if twice:
         what = ", ".join(f"{count} matrices from {old} to {new}" for (old, new), count in sorted(twice.items()))
         warnings.warn(
@@ -249,7 +259,7 @@ def _warn_of_both(source: Store, recipe: dict) -> None:
 
 def _convert(source, dst: Path, recipe: dict, force: bool, threads: int, progress, importance: Importance | None) -> Path:
     config = source.config
-    plan = plan_store(config, tensor_formats(config, recipe, lambda name: source.tensor(name).format))
+    plan = plan_store(config, formats_of(source, recipe))
     fingerprint = source.fingerprint() if hasattr(source, "fingerprint") else ""
     origin = {"kind": source.kind, "name": Path(source.path).name, "fingerprint": fingerprint}
     if isinstance(source, Store):

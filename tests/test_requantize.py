@@ -57,7 +57,7 @@ def test_a_float16_store_runs(tmp_path):
     from npmix.engine import Engine
 
     hf = tiny_hf(tmp_path / "hf", dtype="f16", num_hidden_layers=1)
-    with Engine(convert(hf, tmp_path / "store", "f16")) as a, Engine(hf) as b:
+    with Engine(convert(hf, tmp_path / "store", "f16"), kv="f32") as a, Engine(hf, kv="f32") as b:  # kernels that other tests need too
         assert (a.logits([1, 5, 9, 300]) == b.logits([1, 5, 9, 300])).all()
 
 
@@ -81,7 +81,9 @@ def test_requantize(tmp_path, monkeypatch):
             if ".experts." in name:
                 assert (new.data == pack(*quantise(dequantize(old), "q4", new.group), "q4", new.group)).all(), name
             else:
-                assert old.format == new.format and np.ascontiguousarray(old.data).tobytes() == np.ascontiguousarray(new.data).tobytes()
+                assert (old.format, old.group) == (new.format, new.group) and np.ascontiguousarray(
+                    old.data
+                ).tobytes() == np.ascontiguousarray(new.data).tobytes()
         source = b.manifest["source"]
         assert source["kind"] == "store" and source["recipe"] == a.manifest["recipe"] and b.tokenizer_path
     verify(tmp_path / "q4")

@@ -240,7 +240,9 @@ class Comparison:
                 base.begin(window)
                 scores.add(1.0, block, base.read(len(block.nll)))
         side = as_side(type, bits, scores, self.plan)
-        np.savez(kept, bits=bits, kl=side.kl, nll=side.nll)
+        whole = self.work / "whole.npz"  # a name of its own until it is one
+        np.savez(whole, bits=bits, kl=side.kl, nll=side.nll)
+        whole.replace(kept)
         return side
 
     def _gguf(self) -> Path:
