@@ -15,7 +15,8 @@ from .packing import add_products, nearest_of, rows_table, where_greater
 from .rounding import CODES, LARGEST, SCALE, SCRATCH_BYTES, SELECTORS, WEIGHTS, group_writer, half, load_group, scale_finder
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
-_STEPS, (_LOW, _HIGH) = np.array(STEPS, np.float32), (np.float32(bound) for bound in SCALE_BOUNDS)
+_STEPS = np.array(STEPS, np.float32)
+_LOW, _HIGH = np.array(SCALE_BOUNDS, np.float32)
 
 # More scratch memory, in vectors of 16 rows. Of the group: the errors, values and targets' errors under the scale that is tried, selectors, and the
 # same of the best scale; of a sub-block: targets, and for each selector errors, values; of each selector: factor, its inverse, error
@@ -39,7 +40,7 @@ def _sub_block_kernels(name):
 
     @njit
     def within(target, errors, k, feedback):
-        """The target of the k-th input: what earlier sub-blocks gave and the errors of the k before it; feedback: its column, from the first input on."""
+        """The k-th input's target: what earlier sub-blocks gave and the errors of the k before it; feedback: its column."""
         for i in range(k):
             target = add(target, mul(splat_f32(get_f32(feedback + 512 * i)), load_f32(errors + 64 * i)))
         return target

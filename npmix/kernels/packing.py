@@ -74,7 +74,7 @@ def nearest_of(name, codes):
 
 @functools.lru_cache(maxsize=None)
 def add_products(count):
-    """op(sums, errors, factors): to each of `count` vectors of sums each of `count` vectors of errors times factors[error, sum], rows of 128 float32."""
+    """op(sums, errors, factors): adds to each of `count` vectors each of `count` errors times factors[error, sum] (rows of 128 float32)."""
 
     def emit(b, sums, errors, factors):
         vector_at = lambda base, i: b.add(base, const_i64(64 * i))
