@@ -115,7 +115,7 @@ def spoil(name, values):
 @pytest.mark.parametrize(
     "wrong, error, message",
     [
-        ("none", CalibrationError, "No such file|not found|cannot"),
+        ("none", CalibrationError, "does not exist: make it with npmix calibrate"),
         ("an importance file", CalibrationError, "no file of second moments"),
         ("of another model", CalibrationError, "calibrate this"),
         ("of another text", CalibrationError, "not measured on the same text"),

@@ -54,6 +54,9 @@ class Weighting:
         self._config, self._importance, self._moments = config, None, None
         self.about: dict[str, dict] = {}
         self._kept: dict[str, object] = {}  # of the layer at hand: means over experts and the factors last made
+        for path in (importance, moments):
+            if path is not None and not Path(path).exists():
+                raise CalibrationError(f"{path} does not exist: make it with npmix calibrate")
         if importance is not None:
             self._importance = Importance.open(importance, config)
             self._describe("importance", importance, self._importance.about)
