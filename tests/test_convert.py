@@ -10,7 +10,7 @@ from make import TINY, bf16_bits, tiny_arrays, tiny_hf
 from npmix.checkpoint.config_json import translate
 from npmix.convert import convert, info, make_recipe, round_piece, verify
 from npmix.errors import CheckpointError, ConversionError, InputError, StoreError
-from npmix.formats import packed_bytes
+from npmix.formats import PACKED, packed_bytes
 from npmix.quant.pack import dequantize, pack
 from npmix.quant.round import quantise
 from npmix.quant.tensor import Tensor
@@ -26,10 +26,10 @@ def content(folder):
 @pytest.mark.parametrize(
     "options, experts, others",
     [
-        ({"quant": "q8"}, ("q8", 64), ("q8", 64)),
-        ({"quant": "q4"}, ("q4", 64), ("q8", 64)),
-        ({"quant": "q4", "group": 128}, ("q4", 128), ("q8", 64)),
-        ({"quant": "q8", "uniform": True}, ("q4", 32), ("q4", 32)),
+        ({"quant": "q8"}, ("q8", 32), ("q8", 32)),
+        ({"quant": "q8", "uniform": True}, ("q8", 32), ("q8", 32)),
+        *(({"quant": quant}, (quant, 128), ("q8", 128)) for quant in PACKED if quant != "q8"),
+        *(({"quant": quant, "uniform": True}, (quant, 128), (quant, 128)) for quant in PACKED if quant != "q8"),
     ],
 )
 def test_recipes(tmp_path, options, experts, others):
@@ -47,10 +47,10 @@ def test_recipes(tmp_path, options, experts, others):
 
 
 def test_wrong_options():
-    """An unknown quant or group is an InputError."""
-    for options in ({"quant": "q5"}, {"quant": "q4", "group": 48}):
-        with pytest.raises(InputError):
-            make_recipe(**options)
+    """An unknown quant is an InputError that names those there are."""
+    for quant in ("q9", "Q4", "", "bf16"):
+        with pytest.raises(InputError, match="q4"):
+            make_recipe(quant)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
@@ -118,7 +118,7 @@ def test_a_source_is_any_object_with_tensors(tmp_path):
     with open_store(convert(Generated(), tmp_path / "store", "q4")) as store:
         assert store.is_instruct and store.manifest["source"]["kind"] == "synthetic" and store.tokenizer_path is None
         w = dequantize(Generated().tensor("layers.1.wk"))
-        assert (store.tensor("layers.1.wk").data == pack(*quantise(w, "q8", 64), "q8", 64)).all()
+        assert (store.tensor("layers.1.wk").data == pack(*quantise(w, "q8", 128), "q8", 128)).all()
 
 
 @pytest.mark.compiled
@@ -143,8 +143,8 @@ def test_round_piece_is_the_matrix_cut_at_row_blocks(tmp_path):
     """Packed row ranges, cut at multiples of 16, are the packed matrix."""
     x = np.random.default_rng(0).standard_normal((50, 100)).astype(np.float32)
     tensor = Tensor(x, "f32", x.shape)
-    parts = [round_piece(tensor, a, b, "q4", 32) for a, b in ((0, 16), (16, 48), (48, 50))]
-    assert (np.concatenate(parts) == pack(*quantise(x, "q4", 32), "q4", 32)).all()
+    parts = [round_piece(tensor, a, b, "q4", 128) for a, b in ((0, 16), (16, 48), (48, 50))]
+    assert (np.concatenate(parts) == pack(*quantise(x, "q4", 128), "q4", 128)).all()
 
 
 def test_verify(tmp_path):
@@ -188,8 +188,8 @@ def test_info(tmp_path):
     a, b = info(hf), info(convert(hf, tmp_path / "store", "q4"))
     assert a["total"]["weights"] == b["total"]["weights"] == weights and a["total"]["bits_per_weight"] == 16
     assert list(a["weights"]) == ["embeddings", "attention", "router", "experts", "norms", "output"]
-    assert b["weights"]["router"]["formats"] == ["bf16"] and b["weights"]["experts"]["formats"] == ["q4 group 64"]
-    assert b["weights"]["embeddings"]["bits_per_weight"] == 2 * 8.25  # 64 inputs are half a span: padded to 128
+    assert b["weights"]["router"]["formats"] == ["bf16"] and b["weights"]["experts"]["formats"] == ["q4 group 128"]
+    assert b["weights"]["embeddings"]["bits_per_weight"] == 4 * 8.125  # 64 inputs are a quarter of a span: padded to 256
     assert b["config"] == a["config"] == json.loads(json.dumps(a["config"]))
     assert "4 files" in b["digests"] and b["tokenizer"] == "tokenizer.model" and b["recipe"]["name"] == "q4"
     assert json.dumps(b)

@@ -120,3 +120,17 @@ def test_a_wrong_file_is_refused_before_anything_is_written(tmp_path, wrong):
     with pytest.raises(CalibrationError):
         convert(hf, tmp_path / "a", "q3", importance=path)
     assert not (tmp_path / "a").exists()
+
+
+def test_command(tmp_path):
+    """The command takes what `npmix calibrate` wrote, and tells in one line what is wrong with another file."""
+    from click.testing import CliRunner
+
+    from npmix import cli
+
+    hf, path = tiny_hf(tmp_path / "hf"), importance_file(tmp_path / "i")
+    command = ["convert", str(hf), str(tmp_path / "a"), "--quant", "q3", "--quiet", "--importance"]
+    wrong = CliRunner().invoke(cli.main, [*command, str(tmp_path / "none")])
+    assert wrong.exit_code == 1 and [line[:13] for line in wrong.stderr.splitlines()] == ["npmix: error:"]
+    assert CliRunner().invoke(cli.main, [*command, str(path)]).exit_code == 0
+    assert content(tmp_path / "a") == content(convert(hf, tmp_path / "b", "q3", importance=path))

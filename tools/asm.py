@@ -1,10 +1,10 @@
 """Show a kernel's inner loop as the machine runs it, and count its instructions.
 
-    python tools/asm.py packed q4 64 2 6          the tile of 2 row blocks x 6 tokens
+    python tools/asm.py packed q4 128 2 6         the tile of 2 row blocks x 6 tokens
     python tools/asm.py dense bf16 4 1            4 rows x 1 token
     python tools/asm.py score f16 4               attention scores of 4 query rows (also: value)
     python tools/asm.py digits 4                  4 rows of digits x 32 lanes of 8-bit keys or values
-    python tools/asm.py --target aarch64 packed q4 64 1 4       the same for a machine that is not here (the NEON form)
+    python tools/asm.py --target aarch64 packed q4 128 1 4      the same for a machine that is not here (the NEON form)
 
 The hottest loop is taken to be the one with the most vector instructions. NUMBA_CPU_NAME, NUMBA_CPU_FEATURES
 and NPMIX_FORM choose the machine and the form, as they do for npmix itself; npmix is imported once they are settled.

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from npmix.checkpoint.names import huggingface_places  # noqa: E402
 from npmix.config import Config  # noqa: E402
 from npmix.convert import convert, make_recipe, round_piece, tensor_formats  # noqa: E402
-from npmix.formats import PACKED, row_blocks  # noqa: E402
+from npmix.formats import PACKED, ROW_BLOCK, row_blocks  # noqa: E402
 from npmix.quant.tensor import Tensor  # noqa: E402
 
 SHARD = 4 << 30  # bytes of weights in a file of the Hugging Face folder
@@ -139,8 +139,9 @@ class PackedSource(RandomSource):
         scale = self._factor if name == "tok_embeddings" else 1.0
         key = cols, format, scale
         if key not in self._pools:
-            weights = Tensor(scaled(self._pool[: POOL_ROWS * cols].reshape(POOL_ROWS, cols), scale), "bf16", (POOL_ROWS, cols))
-            self._pools[key] = round_piece(weights, 0, POOL_ROWS, format, group).reshape(row_blocks(POOL_ROWS), -1)
+            rows = min(POOL_ROWS, len(self._pool) // cols // ROW_BLOCK * ROW_BLOCK)
+            weights = Tensor(scaled(self._pool[: rows * cols].reshape(rows, cols), scale), "bf16", (rows, cols))
+            self._pools[key] = round_piece(weights, 0, rows, format, group).reshape(row_blocks(rows), -1)
         return self._pools[key]
 
     def fingerprint(self) -> str:

@@ -27,6 +27,7 @@ from . import cpu
 
 DISABLED = bool(config.DISABLE_JIT)
 _PROCESS = f"_{os.urandom(6).hex()}"  # Numba numbers functions per process: two cached kernels could share a symbol
+_before_load = []  # called before machine code is loaded from the disk cache
 _listeners = []  # called with a kernel's name just before it is compiled
 _counts = {"hits": 0, "misses": 0}
 _unwritable_warned = threading.Event()
@@ -36,6 +37,11 @@ def on_compile(listener):
     """Call `listener(name)` before each compilation that the cache could not answer; returns a function that stops it."""
     _listeners.append(listener)
     return lambda: _listeners.remove(listener)
+
+
+def before_load(ready):
+    """Call `ready()` before each kernel that comes from the disk cache: what it calls by name must be there."""
+    _before_load.append(ready)
 
 
 def cache_counts() -> dict[str, int]:
@@ -109,6 +115,8 @@ class _DiskCache(_Cache):
         import pickle  # Numba's own reduced form of machine code; the folder is ours alone, see cache_dir
 
         _counts["hits"] += 1
+        for ready in _before_load:
+            ready()
         return compiler.CompileResult._rebuild(target_context, *pickle.loads(payload[32:]))
 
     def save_overload(self, sig, data):

@@ -21,6 +21,7 @@ from numpy import float32 as F
 from ._jit import njit
 from .cache import BLOCK, CELL, KINDS, STRIP
 from .digits import digit_tile, to_digits
+from .outline import outlined
 from .ops import (
     add,
     exp2,
@@ -68,7 +69,7 @@ _LOAD = {
 }
 
 
-@functools.lru_cache(maxsize=None)
+@outlined
 def score_tile(kv, rows):
     """op(q, q_bytes, keys, dim, out, out_bytes, ahead): scores of `rows` queries against one strip of 64 positions.
 
@@ -105,7 +106,7 @@ def score_tile(kv, rows):
     return op(void, (i64,) * 7, twin)(emit)
 
 
-@functools.lru_cache(maxsize=None)
+@outlined
 def value_tile(kv, rows, vectors):
     """op(p, p_bytes, values, width, begin, end, out, out_bytes, ahead): weighted sums of values begin..end, 16 * vectors lanes.
 

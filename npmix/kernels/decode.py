@@ -52,7 +52,7 @@ def decode(mm, embed, attend_block, put_key, put_value, m, layers, token, positi
         head(mm, m, logits, index, members)
 
 
-@njit(inline=True)
+@njit
 def take(m, counter, items, round, members):
     """The next item of a phase that is gone through once a layer, `items` or more when there is none left.
 

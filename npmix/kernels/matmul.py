@@ -7,10 +7,16 @@ pair is unpacked once, into a panel of plain int8 that stays in the cache; a sin
 
 import functools
 
-from ..formats import DENSE, PACKED, SHARED, packed_bytes, span_bytes
+import numpy as np
+
+from ..formats import DENSE, SHARED, packed_bytes, span_bytes
 from ._jit import njit
-from .tile import BLOCKS, FEW, HEIGHT, SINGLE, dense_tile, packed_tile
+from .ops import fetch
+from .tile import BLOCKS, HEIGHT, SINGLE, dense_tile, packed_tile
 from .unpack import unpack_block
+
+
+NONE = np.int64(0)  # typed: Numba compiles a callee anew for each literal argument
 
 
 @njit
@@ -34,7 +40,7 @@ def matmul(name, group, several=True):
     return _packed(name, group) if group else _dense(name) if several else _dense_rows(name)
 
 
-@njit(inline=True)
+@njit
 def n_tiles(tokens):
     """Tiles of at most HEIGHT tokens, as even as can be: 7 tokens are 4 + 3, not 6 + 1."""
     return (tokens + HEIGHT - 1) // HEIGHT
@@ -46,9 +52,9 @@ def panel_bytes(cols, group):
 
 
 @functools.lru_cache(maxsize=None)
-def _tall(name, group, least):
-    """A kernel for one tile of `least` to HEIGHT tokens, 2 or more."""
-    t2, t3, t4, t5, t6 = [packed_tile(name, group, BLOCKS, min(max(h, least), HEIGHT)) for h in range(2, 7)]
+def _tall(name, group):
+    """A kernel for one tile of 2 to HEIGHT tokens."""
+    t2, t3, t4, t5, t6 = [packed_tile(name, group, BLOCKS, min(h, HEIGHT)) for h in range(2, 7)]
 
     @njit
     def tall(h, w, block_bytes, n_groups, acts, out, out_bytes, next_block):
@@ -66,62 +72,67 @@ def _tall(name, group, least):
     return tall
 
 
-def _few(name, group, most):
-    """A kernel for SINGLE row blocks and 1 to `most` tokens."""
-    f1, f2, f3 = [packed_tile(name, group, SINGLE, min(h, most)) for h in range(1, 4)]
+@functools.lru_cache(maxsize=None)
+def _pair(name, group):
+    """A kernel for BLOCKS row blocks (or, with distances of 0, one done over) and all tiles of 2 or more tokens."""
+    tall = _tall(name, group)
 
     @njit
-    def few(h, w, block_bytes, n_groups, acts, out, out_bytes, next_block):
-        if h == 1:
-            f1(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
-        elif h == 2:
-            f2(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
-        else:
-            f3(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
-
-    @njit
-    def only_one(h, w, block_bytes, n_groups, acts, out, out_bytes, next_block):
-        f1(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
-
-    return few if most > 1 else only_one
-
-
-def _packed(name, group):
-    most = FEW if PACKED[name].bits < 8 else 1  # 8 bits are held by memory before it pays, and every tile takes time to compile
-    few, tall = _few(name, group, most), _tall(name, group, 3 if most == 3 else 2)  # 7 tokens are 3 + 4
-    tall_plain, unpack = _tall("q8", group, 2), unpack_block(name, group)
-    whole, plain, panels = span_bytes(name, group), span_bytes("q8", group), name != "q8"
-
-    @njit
-    def tiles_over(tall, w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block):
+    def pair(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead, ahead_bytes):
         tiles = n_tiles(tokens)
         for i in range(tiles):
             start = i * tokens // tiles
             height = (i + 1) * tokens // tiles - start
             tall(height, w, block_bytes, n_groups, acts + start * token_bytes, out + start * out_bytes, out_bytes, next_block)
+            if ahead_bytes:
+                fetch(ahead + i * ahead_bytes // tiles // 64 * 64, ahead_bytes // tiles + 64)
+
+    return pair
+
+
+@functools.lru_cache(maxsize=None)
+def _pair_by_panel(name, group):
+    """The same, for more tokens than two tiles: the row blocks are unpacked into `panel` first."""
+    pair, unpack, plain = _pair("q8", group), unpack_block(name, group), span_bytes("q8", group)
+
+    @njit
+    def pair_by_panel(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead_bytes, panel):
+        plain_bytes = n_groups // 2 * plain if block_bytes else 0
+        unpack(w, n_groups, panel)
+        if block_bytes:
+            unpack(w + block_bytes, n_groups, panel + plain_bytes)
+        pair(panel, plain_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, w + BLOCKS * block_bytes, ahead_bytes)
+
+    @njit
+    def needless(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead_bytes, panel):
+        """q8 is its own panel."""
+
+    return needless if name == "q8" else pair_by_panel
+
+
+def _packed(name, group):
+    single, pair, pair_by_panel = packed_tile(name, group, SINGLE, 1), _pair(name, group), _pair_by_panel(name, group)
+    whole, least = span_bytes(name, group), 1 << 62 if name == "q8" else 2 * HEIGHT + 1  # fewer tokens are done before a panel would be
 
     @njit
     def packed_matmul(w, rows, cols, first, last, acts, tokens, out, out_bytes, panel):
         n_groups = (cols + 2 * group - 1) // (2 * group) * 2
-        block_bytes = n_groups // 2 * whole
-        if 0 < tokens <= most:
+        block_bytes, token_bytes = n_groups // 2 * whole, act_bytes(cols, group)
+        if tokens == 1:
             rest = last - (last - first) % SINGLE
             for block in range(first, rest, SINGLE):
-                few(tokens, w + block * block_bytes, block_bytes, n_groups, acts, out + 64 * block, out_bytes, 64)
+                single(w + block * block_bytes, block_bytes, n_groups, acts, out + 64 * block, out_bytes, 64)
             for block in range(rest, last):  # the last few one by one, each done SINGLE times
-                few(tokens, w + block * block_bytes, 0, n_groups, acts, out + 64 * block, out_bytes, 0)
+                single(w + block * block_bytes, 0, n_groups, acts, out + 64 * block, out_bytes, 0)
             return
-        token_bytes, plain_bytes = act_bytes(cols, group), n_groups // 2 * plain
         for block in range(first, last, BLOCKS):
-            both, at, y = block + BLOCKS <= last, w + block * block_bytes, out + 64 * block  # an odd last block is paired with itself
-            if panels and tokens > 2 * HEIGHT:  # fewer tiles are done before a panel would be
-                for i in range(min(BLOCKS, last - block)):
-                    unpack(at + i * block_bytes, n_groups, panel + i * plain_bytes)
-                tiles_over(
-                    tall_plain, panel, plain_bytes if both else 0, n_groups, acts, token_bytes, tokens, y, out_bytes, 64 if both else 0
-                )
+            y, at, both = out + 64 * block, w + block * block_bytes, block + BLOCKS <= last  # an odd last block is paired with itself
+            next_bytes, next_block = (block_bytes, 64) if both else (0, 0)
+            if tokens >= least:
+                ahead = BLOCKS * block_bytes if block + 2 * BLOCKS <= last else 0
+                pair_by_panel(at, next_bytes, n_groups, acts, token_bytes, tokens, y, out_bytes, next_block, ahead, panel)
             else:
-                tiles_over(tall, at, block_bytes if both else 0, n_groups, acts, token_bytes, tokens, y, out_bytes, 64 if both else 0)
+                pair(at, next_bytes, n_groups, acts, token_bytes, tokens, y, out_bytes, next_block, NONE, NONE)
 
     return packed_matmul
 

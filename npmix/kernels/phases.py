@@ -41,12 +41,12 @@ def matmul_by_slot(slots):
     return mm
 
 
-@njit(inline=True)
+@njit
 def blocks_of(rows):
     return (rows + 15) // 16
 
 
-@njit(inline=True)
+@njit
 def scratch(m, column, index):
     """A member's own buffer."""
     return m[SCRATCH] + index * m[SCRATCH_BYTES] + m[column]
@@ -132,7 +132,7 @@ def head_row(m, put_key, put_value, layer, item, qkv, t, position, temp):
         put_i64(m[STATUS] + SATURATED, 1)
 
 
-@njit(inline=True)
+@njit
 def source_of(layer):
     """Who made the input of a layer's first norm, as `norm_and_check` notes it."""
     return layer if layer else -1

@@ -37,7 +37,7 @@ from .phases import (
 from .rows import put_in_tile, quantise_row
 from .tables import *  # noqa: F403  (the columns)
 
-UNIT = 4  # row blocks a member takes at a time
+UNIT = 8  # row blocks a member takes at a time
 QUERY_ROWS = 64  # query rows (tokens x heads of one kv head) a member takes at a time
 
 
@@ -210,7 +210,7 @@ def choose_experts(mm, m, layers, layer, tokens, skip, index, members):
     end_phase(m, T_PACK, index, members)
 
 
-@njit(inline=True)
+@njit
 def expert_places(m, expert):
     """An expert's first place and its number of places."""
     begin = get_i32(m[STARTS] + 4 * expert)

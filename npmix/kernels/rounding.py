@@ -212,13 +212,15 @@ def _rounder(name):
 
     @njit
     def fair_scale(group, importance, scratch):
-        """sum(v w w) / sum(v w q) for the scale of least squares."""
+        """sum(v w w) / sum(v w q) for the scale of least squares, where it is less than double that."""
         total, zero, product = splat_f32(_ZERO), splat_f32(_ZERO), load_f32(scratch + _BEST_PRODUCT)
         for k in range(group):
             w = load_f32(scratch + WEIGHTS + 64 * k)
             total = add(total, mul(mul(splat_f32(get_f32(importance + 4 * k)), w), w))
         fair = half(div(total, where_greater(product, zero, product, splat_f32(_ONE))), scratch)
-        store_f32(scratch + SCALE, where_greater(product, zero, fair, load_f32(scratch + SCALE)))
+        scale = load_f32(scratch + SCALE)
+        fair = where_greater(mul(splat_f32(np.float32(2)), scale), fair, fair, scale)
+        store_f32(scratch + SCALE, where_greater(product, zero, fair, scale))
 
     @njit
     def search(group, valid, importance, rows, scratch):

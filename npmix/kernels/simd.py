@@ -15,7 +15,7 @@ Memory is named by address (int64). Loads and stores need no alignment.
 import ctypes
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba.core import cgutils, types
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
@@ -87,7 +87,7 @@ def op(ret, args, twin):
             9: lambda typingctx, a, b, c, d, e, f, g, h, i: (signature, codegen),
         }
         made = intrinsic(shapes[len(args)])
-        made.twin, made.emit = twin, emit  # tests hold one to the other; tools compile the IR for other machines
+        made.twin, made.emit, made.arity = twin, emit, len(args)  # tests hold one to the other; tools compile the IR for other machines
         return made
 
     return wrap
@@ -147,11 +147,16 @@ def call(builder, name, ret, *values):
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values)
 
 
-def prefetch(builder, address):
-    """Ask for a cache line that will be read soon; an address past the end of memory does no harm."""
+def add_symbol(name, address):
+    """Let code that is linked from now on call what lies at an address by name."""
+    binding.add_symbol(name, address)
+
+
+def prefetch(builder, address, keep=3):
+    """Ask for a cache line that will be read soon, into all caches (keep 3) or all but the first; past the end of memory it does no harm."""
     pointer = builder.inttoptr(address, _i8.as_pointer())
     kind = ir.FunctionType(ir.VoidType(), [pointer.type, _i32, _i32, _i32])
-    read, keep, data = const_i32(0), const_i32(3), const_i32(1)
+    read, keep, data = const_i32(0), const_i32(keep), const_i32(1)
     builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0"), [pointer, read, keep, data])
 
 

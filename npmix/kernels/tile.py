@@ -26,6 +26,7 @@ from numba.core import cgutils
 from ..formats import CHUNK, SHARED, span_bytes
 from . import cpu
 from .dot import emit_dot4, emit_dot_start, emit_splat4
+from .outline import outlined
 from .simd import (
     const_i64,
     const_vector,
@@ -54,8 +55,8 @@ from .unpack import Unpacker, twin_row_block
 # earlier runs are touched once in SHARED inputs and may lie on the stack); where 16 lanes take several registers, 1 x 4 keeps
 # the integer ones from spilling.
 BLOCKS, HEIGHT = (2, 6) if cpu.wide_registers() else (1, 4)
-# Up to FEW tokens take SINGLE row blocks: each broadcast of inputs feeds 4 dots, and fewer instructions a byte keep more bytes in flight.
-SINGLE, FEW = 4 if cpu.is_x86() else 1, 3 if cpu.wide_registers() else 1
+# One token takes SINGLE row blocks: each broadcast of inputs feeds 4 dots, and fewer instructions a byte keep more bytes in flight.
+SINGLE = 4 if cpu.is_x86() else 1
 AHEAD = 4096 if cpu.fetches_ahead() else 0  # bytes a single token's tile fetches ahead
 UNROLLED = 128  # dots that are written out rather than looped over, if a chunk of inputs has no more
 
@@ -63,7 +64,7 @@ UNROLLED = 128  # dots that are written out rather than looped over, if a chunk 
 # ---- packed ------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=None)
+@outlined
 def packed_tile(name, group, blocks, height):
     """op(w, block_bytes, n_groups, acts, out, out_bytes, next_block): `blocks` row blocks by `height` tokens of a packed matrix.
 
@@ -216,7 +217,7 @@ _DENSE_LOAD = {
 }
 
 
-@functools.lru_cache(maxsize=None)
+@outlined
 def dense_tile(name, rows, height):
     """op(w, row_bytes, cols, acts, act_bytes, out, out_bytes, next_row): `rows` rows by `height` tokens, cols >= 16.
 

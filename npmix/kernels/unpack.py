@@ -13,7 +13,8 @@ from numba.core import cgutils
 
 from ..formats import CHUNK, PACKED, codes_at, span_bytes
 from . import cpu
-from .simd import call, const_i64, const_vector, i64, load, op, peek, poke, scalar, shuffle, splat, store, vector, void
+from .outline import outlined
+from .simd import call, const_i32, const_i64, const_vector, i64, load, op, peek, poke, scalar, shuffle, splat, store, vector, void
 
 
 @functools.lru_cache(maxsize=None)
@@ -88,6 +89,10 @@ class Unpacker:
     def _select(self, low, a, b):
         """The low bits of each byte from a, the others from b."""
         builder, mask = self.builder, (1 << low) - 1
+        if self._vbmi:  # named outright: LLVM makes two or three instructions of some of these
+            kind = vector("i64", 8)
+            given = [builder.bitcast(v, kind) for v in (const_vector("i8", 64, mask), a, b)]
+            return builder.bitcast(call(builder, "llvm.x86.avx512.pternlog.q.512", kind, *given, const_i32(0xCA)), a.type)
         a = builder.and_(a, const_vector("i8", 64, mask))
         return builder.or_(a, builder.and_(b, const_vector("i8", 64, 255 - mask)))
 
@@ -164,7 +169,7 @@ def _by_parts(builder, value, lanes, part):
 # ---- whole row blocks --------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=None)
+@outlined
 def unpack_block(name, group):
     """op(w, n_groups, out): a row block as a row block of q8 of the same group, for work that comes over it many times."""
 

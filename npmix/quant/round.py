@@ -9,7 +9,8 @@ the formats with a table: least weighted squares, sum(v (w - integer * scale)^2)
     weight is the largest integer. Under a scale each sub-block takes the selector of least error, each weight the
     nearest value. The best scale is then refitted twice, s' = sum(v w q) / sum(v q q), as long as that helps. The
     first wins ties, selectors and scales alike. Least squares shrinks weights, all of a model in the same direction, which
-    costs more than it gains: codes and selectors are kept, and the scale becomes sum(v w w) / sum(v w q), which does not.
+    costs more than it gains: codes and selectors are kept, and the scale becomes sum(v w w) / sum(v w q), which does not,
+    unless that doubles it: then (weights below float16's least scale) next to nothing is left to keep the size of.
 
 One hard fact: every sum runs over a sub-block's inputs in order, then over the sub-blocks in order, in float32,
 without fma, so that the kernel, which runs 16 rows side by side, gives the same bits.
@@ -117,7 +118,7 @@ def _search(spec, w: np.ndarray, v: np.ndarray):
         chosen = nearest(x * (F(1) / (scale * F(m)))[..., None, None], spec.row(s))
         codes = np.where((selectors == s)[..., None], chosen, codes)
     fair = half(_sum(v * w * w) / np.where(product > 0, product, F(1)))
-    return np.where(product > 0, fair, scale), selectors, codes.reshape(w.shape)
+    return np.where((product > 0) & (fair < F(2) * scale), fair, scale), selectors, codes.reshape(w.shape)
 
 
 def quantise(

@@ -28,7 +28,7 @@ def failed(result):
 
 def test_convert_tells_what_it_made(npmix_command, tiny, tmp_path):
     """Without --quiet the bar ends at 100 % and a line tells the sizes."""
-    result = npmix_command("convert", tiny, tmp_path / "q4", "--quant", "q4", "--group", "32", "--threads", 2)
+    result = npmix_command("convert", tiny, tmp_path / "q4", "--quant", "q4", "--threads", 2)
     assert result.exit_code == 0 and result.stdout == ""
     bar, line = result.stderr.splitlines()[-2:]
     assert bar.startswith("[########################] 100 %")
@@ -55,7 +55,7 @@ def test_info(npmix_command, tiny, store):
         found = json.loads(npmix_command("info", folder, "--json").stdout)
         assert found["config"]["n_layers"] == 2 and "2 layers, dim 64" in table
         assert f"{found['total']['weights']:,}" in table and "experts" in table
-    assert found["weights"]["experts"]["formats"] == ["q8 group 64"]
+    assert found["weights"]["experts"]["formats"] == ["q8 group 32"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs names that are any bytes")
@@ -83,7 +83,7 @@ def test_refusals(npmix_command, tiny, store, tmp_path):
     assert not (tmp_path / "out").exists()
     failed(npmix_command("verify", tmp_path / "none"))
     failed(npmix_command("info", tmp_path / "none"))
-    for arguments in (["--quant", "q5"], [], ["--quant", "q8", "--uniform"], ["--quant", "q4", "--group", "48"]):
+    for arguments in (["--quant", "q9"], [], ["--quant", "q4", "--group", "128"]):
         assert npmix_command("convert", tiny, tmp_path / "x", *arguments).exit_code == 2
     assert not (tmp_path / "x").exists()
 

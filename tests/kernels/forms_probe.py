@@ -20,7 +20,8 @@ from npmix.kernels.matmul import matmul
 from npmix.kernels.rows import quantise_row, rms_norm, rope, swiglu
 
 F = np.float32
-FORMATS = [("q8", 64), ("q4", 64), ("bf16", 0)]
+FORMATS = [("q8", 128), ("q4", 128), ("bf16", 0)]  # other packed formats differ in how they are unpacked alone: `test_unpack.py`
+TOKENS = (1, 7, 14)  # single row blocks, tiles in registers, panels
 IDS = np.random.default_rng(0).integers(3, 384, 40)
 
 
@@ -33,9 +34,9 @@ def products() -> dict[str, np.ndarray]:
     rng, results = np.random.default_rng(11), {}
     for name, group in FORMATS:
         tensor, _ = weights(name, group, 50, 300, 7)
-        x = rng.standard_normal((7, 300)).astype(F)
-        results[f"matmul {name} {group} 7"] = product(matmul(name, group), tensor, x, 0, 4)
-        results[f"matmul {name} {group} 1"] = product(matmul(name, group), tensor, x[:1], 0, 4)
+        x = rng.standard_normal((max(TOKENS), 300)).astype(F)
+        for tokens in TOKENS:
+            results[f"matmul {name} {group} {tokens}"] = product(matmul(name, group), tensor, x[:tokens], 0, 4)
         results[f"acts {group}"] = activations(x, group).array if group else np.zeros(0, np.uint8)
     results["attention q8"] = attention("q8")
     return results
@@ -73,9 +74,9 @@ def logits(folder) -> dict[str, np.ndarray]:
     results = {}
     for name in ("q8", "q4"):
 
-        def entry(wanted, kv):
+        def entry(wanted, embeddings, kv):
             assert slots[: len(wanted)] == wanted  # so slots mean the same, and one compilation serves both
-            return whole(slots, kv)
+            return whole(slots, embeddings, kv)
 
         forward.entry = entry
         try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forms_probe import kernels, logits
+from forms_probe import TOKENS, kernels, logits
 from kernel_tools import child, same_bits, ulps
 from make import tiny_hf
 from test_dot import FORMS
@@ -37,7 +37,7 @@ def probe(tmp_path, *what, **env):
 def test_every_form_gives_the_native_bits(form, native, tmp_path):
     """Each form that this CPU can run, asked for by NPMIX_FORM: every matrix product is the native one, bit for bit."""
     results, words = probe(tmp_path, NPMIX_FORM=form)
-    assert words[0] == form and {"matmul q4 64 1", "matmul q4 64 7", "matmul q8 64 1", "matmul q8 64 7"} <= results.keys()
+    assert words[0] == form and {f"matmul {name} 128 {n}" for name in ("q8", "q4") for n in TOKENS} <= results.keys()
     for name in results:
         assert same_bits(results[name], native[name]), name
 

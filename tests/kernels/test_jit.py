@@ -214,8 +214,8 @@ import numpy as np
 from npmix.formats import packed_bytes
 from npmix.kernels import rounding
 from npmix.kernels._jit import cache_counts
-out = np.zeros(packed_bytes("q4", 16, 64, 32), np.uint8)
-assert rounding.round_rows(np.ones((16, 64), np.float32), "q4", 32, out) == 0
+out = np.zeros(packed_bytes("q4", 16, 64, 128), np.uint8)
+assert rounding.round_rows(np.ones((16, 64), np.float32), "q4", 128, out) == 0
 print(cache_counts())
 """
 

@@ -5,18 +5,18 @@ import pytest
 from kernel_tools import Memory, memory, same_bits
 
 from npmix.formats import DENSE, GROUPS, PACKED, SHARED
-from npmix.kernels.matmul import act_bytes, matmul, n_tiles
+from npmix.kernels._jit import njit
+from npmix.kernels.matmul import act_bytes, matmul, n_tiles, panel_bytes
 from npmix.kernels.phases import matmul_by_slot
 from npmix.kernels.rows import put_in_tile, quantise_row
-from npmix.kernels.tile import HEIGHT
-from npmix.kernels._jit import njit
+from npmix.kernels.tile import BLOCKS, HEIGHT, SINGLE
 from npmix.quant.pack import dequantize, pack
 from npmix.quant.round import quantise
 from npmix.quant.tensor import Tensor
 
 F = np.float32
-FORMATS = [*((name, group) for name in PACKED for group in GROUPS), *((name, 0) for name in DENSE)]
-TOKENS = (1, 2, 3, 4, 5, 6, 7, 13, 18)
+FORMATS = [*((name, group) for name, spec in PACKED.items() for group in spec.groups), *((name, 0) for name in DENSE)]
+TOKENS = range(1, 31)  # a few tiles in registers, then, past 2 * HEIGHT, panels; tiles of every height either way
 
 
 @njit
@@ -66,8 +66,9 @@ def product(kernel, tensor, x, first, last):
     width = -(-rows // 16) * 16 + (tensor.group > 0) * 16
     out = Memory((len(x), width), F, fill=-7)
     acts = activations(x, tensor.group)
-    kernel(tensor.address, rows, cols, first, last, acts.at, len(x), out.at, 4 * width)
-    assert out.intact() and acts.intact()
+    panel = Memory(panel_bytes(cols, tensor.group) if tensor.group else 0, np.uint8)
+    kernel(tensor.address, rows, cols, first, last, acts.at, len(x), out.at, 4 * width, panel.at)
+    assert out.intact() and acts.intact() and panel.intact()
     return out.array
 
 
@@ -91,23 +92,36 @@ def test_matmul_is_weights_times_inputs(name, group):
     assert (np.abs(alone - x @ w.T) <= bound).all()
     if group:  # and far better than the worst case: errors of rounding are independent
         assert np.abs(alone - x @ w.T).mean() < 0.2 * step.mean()
-    for tokens in TOKENS[1:]:
+    for tokens in TOKENS:
         assert same_bits(product(kernel, tensor, x[:tokens], 0, -(-rows // 16))[:, :rows], alone[:tokens])
     assert place.intact()
 
 
-@pytest.mark.parametrize("name, group", [("q4", 32), ("q8", 128), ("bf16", 0)])
+@pytest.mark.parametrize("name, group", [*((name, spec.group) for name, spec in PACKED.items()), ("bf16", 0)])
 def test_row_blocks_by_range(name, group):
     """Row blocks first..last alone are written, whole ones of a packed matrix and existing rows of a dense one; any cut of the
     range, odd ones and empty ones included, gives the whole's bits."""
-    rows, cols = 75, 130
+    rows, cols = 16 * (2 * SINGLE + 1) - 5, 130  # a number of row blocks that neither SINGLE nor BLOCKS divides
     tensor, _ = weights(name, group, rows, cols, 5)
     kernel, blocks = matmul(name, group), -(-rows // 16)
-    for tokens in (1, 5):
+    for tokens in (1, 2, 3, 5, 2 * HEIGHT + 1):
         x = np.random.default_rng(tokens).standard_normal((tokens, cols)).astype(F)
         whole = product(kernel, tensor, x, 0, blocks)
         assert (whole[:, rows : 16 * blocks] == (0 if group else -7)).all() and (whole[:, 16 * blocks :] == -7).all()
-        for first, last in ((0, 1), (1, 2), (0, 2), (1, 4), (4, 5), (2, 5), (0, 3), (3, 3), (5, 5)):
+        for first, last in (
+            (0, 1),
+            (1, 2),
+            (0, 2),
+            (1, 4),
+            (4, 5),
+            (2, 5),
+            (0, 3),
+            (3, 3),
+            (blocks, blocks),
+            (1, blocks),
+            (0, SINGLE),
+            (2, SINGLE + 1),
+        ):
             part = product(kernel, tensor, x, first, last)
             written = slice(16 * first, 16 * last)
             assert same_bits(part[:, written], whole[:, written])
@@ -116,7 +130,7 @@ def test_row_blocks_by_range(name, group):
 
 def test_slots_choose_the_format():
     """`mm` by slot gives what the format's own kernel gives; an unused slot writes nothing."""
-    formats = (("q4", 64), ("q8", 64), ("bf16", 0))
+    formats = (("q4", 128), ("q8", 64), ("bf16", 0))
     mm = matmul_by_slot(formats)
     x = np.random.default_rng(1).standard_normal((3, 70)).astype(F)
     for slot, (name, group) in enumerate(formats):
@@ -131,6 +145,12 @@ def test_bytes_of_activations():
     for cols in (1, 16, 63, 64, 65, 256, 300, 14336):
         for group in (0, *GROUPS):
             assert act_bytes(cols, group) == bytes_of(cols, group)
+
+
+def test_a_panel_is_a_tile_of_8_bits():
+    """The panel holds BLOCKS row blocks of q8 in the matrix' own group, as many inputs as the matrix has when padded."""
+    for cols, group, padded in ((64, 32, 64), (65, 32, 128), (70, 128, 256), (4096, 128, 4096), (14336, 64, 14336)):
+        assert panel_bytes(cols, group) == BLOCKS * (16 * padded + padded // group * 32)
 
 
 def test_tiles_are_even():

@@ -10,7 +10,7 @@ import llvmlite.binding as llvm
 import pytest
 from kernel_tools import ROOT, child
 
-from npmix.formats import SHARED
+from npmix.formats import PACKED, SHARED
 from npmix.kernels import cpu
 
 PROBE = """
@@ -23,9 +23,9 @@ texts = {name: asm.cross_assembly(*asm.kernel("packed", name.split()), "aarch64"
 print(json.dumps({name: (text, asm.hottest(text), asm.on_stack(asm.hottest(text))) for name, text in texts.items()}))
 assert cpu.form() == "neon"
 """
-TILES = ["q4 64 1 1", "q4 64 1 4", "q8 64 1 1", "q8 64 1 4"]
+TILES = ["q8 64 1 1", "q8 64 1 4", "q4 128 1 4", *(f"{name} {spec.group} 1 1" for name, spec in PACKED.items())]
 # A line of 64 bytes of codes is four registers; lanes or bytes taken one by one would be these.
-ONE_BY_ONE = re.compile(r"^(?:umov|smov|ins|ldrb|ldrsb|strb|ldrh|strh|[su]xtb|bfxil|[su]bfx)\b|\.[bh]\[|^tbl\b")
+ONE_BY_ONE = re.compile(r"^(?:umov|smov|ins|ldrb|ldrsb|strb|ldrh|strh|[su]xtb|bfxil|[su]bfx)\b|\.[bh]\[")
 
 
 def has_backend() -> bool:
@@ -65,19 +65,21 @@ def test_bytes_stay_in_registers(tiles, name):
     """No byte is moved by itself, nothing is called, and activations enter by loads that fill a register."""
     text, body, _ = tiles[name]
     assert not [line for line in body if ONE_BY_ONE.search(line)]
+    assert PACKED[name.split()[0]].values or not [line for line in body if line.startswith("tbl")]
     assert not re.search(r"^\s+(?:bl|blr)\s", text, re.M) and "x86" not in text
     assert [line for line in body if re.match(r"ld1r\s+\{ v\d+\.4s \}|dup\s+v\d+\.4s|ldp?r?\s+q", line)]
 
 
-@pytest.mark.parametrize("name", [name for name in TILES if name.startswith("q4")])
-def test_nibbles_are_unpacked_in_vectors(tiles, name):
-    """A line of 4-bit codes takes 4 shifts and 8 masks of a whole register."""
+@pytest.mark.parametrize("name", [name for name in TILES if PACKED[name.split()[0]].values])
+def test_tables_are_read_a_register_at_a_time(name, tiles):
+    """Codes are looked up 16 at a time: a table of 16 integers costs a register of codes one `tbl`, and so do multipliers and the spreading
+    of selectors over the inputs that share them, at most; a few put a chunk's selectors into lanes."""
     _, body, _ = tiles[name]
-    _, group, blocks, height = name.split()
-    lines = (SHARED if int(blocks) * int(height) <= 2 else int(group)) // 8 * int(blocks)
-    masks = [line for line in body if re.match(r"(?:and|bic)\s+v\d+\.16b", line)]
-    shifts = [line for line in body if re.match(r"ushr\s+v\d+\.(?:8h|16b), v\d+\.\w+, #4$", line)]
-    assert len(shifts) == 4 * lines and 4 * lines <= len(masks) <= 8 * lines
+    name, group, blocks, _ = name.split()
+    spec, registers = PACKED[name], int(group) * int(blocks)
+    tables = -(-len(spec.values) * (1 << spec.bits) // 16)
+    lookups = [line for line in body if line.startswith("tbl")]
+    assert tables * registers <= len(lookups) <= (tables + 2) * registers + 16
 
 
 @pytest.mark.parametrize(

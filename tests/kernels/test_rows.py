@@ -5,9 +5,9 @@ import pytest
 from kernel_tools import Memory, memory, same_bits, ulps
 from test_matmul import bytes_of
 
-from npmix.formats import DENSE, FORMAT_IDS, GROUPS, PACKED, SHARED
+from npmix.formats import DENSE, GROUPS, PACKED, SHARED, packed_bytes
 from npmix.kernels.dot import START
-from npmix.kernels.rows import cache_write, embed, put_in_tile, quantise_row, quantise_shared, rms_norm, rope, swiglu
+from npmix.kernels.rows import cache_write, embedder, put_in_tile, quantise_row, quantise_shared, rms_norm, rope, swiglu
 from npmix.kernels.simd import twin_fma, twin_reduce_add
 from npmix.quant.pack import dequantize, pack
 from npmix.quant.round import quantise
@@ -171,12 +171,13 @@ def test_rope(half):
     assert np.abs(out.array - np.concatenate([z.real, z.imag])).max() < 1e-6
 
 
-FORMATS = [*((name, 0) for name in DENSE), *((name, group) for name in PACKED for group in GROUPS)]
+FORMATS = [*((name, 0) for name in DENSE), *((name, group) for name, spec in PACKED.items() for group in spec.groups)]
 
 
 @pytest.mark.parametrize("name, group", FORMATS)
 def test_embedding(name, group):
     """A token's row is the dequantised row, exactly, whatever the format; then zeros up to a multiple of 16, and no further."""
+    embed = embedder(name, group)
     for rows, dim in ((19, 70), (33, 256)):
         w = np.random.default_rng(dim).standard_normal((rows, dim)).astype(F)
         if group:
@@ -187,9 +188,10 @@ def test_embedding(name, group):
         expected, width = dequantize(Tensor(data, name, (rows, dim), group)), -(-dim // 16) * 16
         for token in (0, 1, 15, 16, rows - 1):
             out = Memory(width + 16, F, fill=-7)
-            embed(table.at, FORMAT_IDS[name], group, token, dim, out.at)
+            panel = Memory(packed_bytes("q8", 16, dim, group) if group else 0, np.uint8)
+            embed(table.at, token, dim, out.at, panel.at)
             assert same_bits(out.array[:dim], expected[token])
-            assert (out.array[dim:width] == 0).all() and (out.array[width:] == -7).all() and out.intact()
+            assert (out.array[dim:width] == 0).all() and (out.array[width:] == -7).all() and out.intact() and panel.intact()
 
 
 def test_cache_writes():

@@ -4,16 +4,17 @@ import numpy as np
 import pytest
 from kernel_tools import Memory, address, memory, same_bits, ulps
 
-from npmix.formats import GROUPS, PACKED, SHARED
+from npmix.formats import PACKED, SHARED
 from npmix.kernels._jit import DISABLED, njit
 from npmix.kernels.dot import START
 from npmix.kernels.simd import twin_bf16, twin_fma
-from npmix.kernels.tile import FEW, HEIGHT, SINGLE, dense_tile, packed_tile
-from npmix.quant.pack import pack
+from npmix.kernels.tile import HEIGHT, SINGLE, dense_tile, packed_tile
+from npmix.quant.pack import integers, pack
 
 F = np.float32
+PAIRS = [(name, group) for name, spec in PACKED.items() for group in spec.groups]
 WIDE = max(2, SINGLE)  # row blocks of the widest tile
-SHAPES = sorted({(1, 1), *((SINGLE, h) for h in range(1, FEW + 1)), *((2, h) for h in range(1, HEIGHT + 1))})
+SHAPES = sorted({(1, 1), (SINGLE, 1), *((2, h) for h in range(1, HEIGHT + 1))})
 
 
 def compiled(tile, count):
@@ -28,17 +29,21 @@ def twin(tile):
 
 
 def packed_case(name, group, blocks, n_groups, tokens, seed):
-    """Random and edge codes and scales of 16 * blocks rows; the activations of each token: codes, and a scale per SHARED inputs."""
-    rng = np.random.default_rng(seed)
-    rows, cols, top = 16 * blocks, n_groups * group, 1 << PACKED[name].bits
-    codes = rng.integers(0 if name == "q4" else 1, top, (rows, cols), dtype=np.uint8)
-    codes[0], codes[1, ::2], codes[2] = top - 1, 1, 0 if name == "q4" else 1
+    """Random and edge codes, selectors and scales of 16 * blocks rows; the activations of each token: codes, and a scale per SHARED inputs."""
+    spec, rng = PACKED[name], np.random.default_rng(seed)
+    rows, cols, least = 16 * blocks, n_groups * group, 0 if spec.values else 1
+    codes = rng.integers(least, 1 << spec.bits, (rows, cols), dtype=np.uint8)
+    codes[0], codes[1, ::2], codes[2] = (1 << spec.bits) - 1, 1, least
     scales = (rng.standard_normal((rows, n_groups)) * 10.0 ** rng.integers(-5, 2, (rows, n_groups))).astype(np.float16)
     scales[3], scales[4], scales[5] = 0, 6e-8, -65504
+    selectors = np.zeros((rows, 0), np.uint8)
+    if spec.per:
+        selectors = rng.integers(0, len(spec.multipliers), (rows, cols // spec.per), dtype=np.uint8)
+        selectors[:3, : cols // spec.per // 2], selectors[:3, cols // spec.per // 2 :] = 0, len(spec.multipliers) - 1
     x = rng.integers(-127, 128, (tokens, cols), dtype=np.int8)
     x[0] = np.where(np.arange(cols) % 3, 127, -127)
     x_scale = (np.abs(rng.standard_normal((tokens, -(-cols // SHARED)))) * 0.01).astype(F)
-    return codes, scales, x, x_scale
+    return (codes, scales, selectors), x, x_scale
 
 
 def acts_of(x, x_scale, group):
@@ -49,14 +54,16 @@ def acts_of(x, x_scale, group):
     return np.concatenate([codes, *(np.ascontiguousarray(a.T).view(np.uint8).ravel() for a in (x_scale, starts))])
 
 
-def packed_law(codes, scales, zero, group, x, x_scale):
+def packed_law(parts, name, group, x, x_scale):
     """Runs of SHARED inputs in order: s = fma(exact integer of a group, w_scale, s), groups in order; then y = fma(s, x_scale, y)."""
+    codes, scales, selectors = parts
+    whole = integers(codes, selectors, name).astype(np.int64)
     y = np.zeros((len(x), len(codes)), F)
     for run in range(x_scale.shape[1]):
         s = np.zeros_like(y)
         for g in range(run * SHARED // group, min((run + 1) * SHARED // group, scales.shape[1])):
             at = slice(g * group, (g + 1) * group)
-            exact = x[:, at].astype(np.int64) @ (codes[:, at].astype(np.int64) - zero).T
+            exact = x[:, at].astype(np.int64) @ whole[:, at].T
             s = twin_fma(exact.astype(F), scales[None, :, g].astype(F), s)
         y = twin_fma(s, x_scale[:, run, None], y)
     return y
@@ -71,16 +78,15 @@ def run_packed(function, packed, blocks, block_bytes, n_groups, acts, tokens, ne
     return out.array[:, : 16 * blocks]
 
 
-@pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name, group", PAIRS)
 def test_packed_tile_obeys_the_law(name, group):
     """Every shape that is used: the compiled tile, its twin and the law in plain words agree within 2 units of
     the last place, and any two heights give a token equal bits. Codes and inputs cover the edges; scales are of any size and sign."""
     n_groups = 6  # for groups of 32 the last run is a half one
-    codes, scales, x, x_scale = packed_case(name, group, WIDE, n_groups, HEIGHT, 10 * group + PACKED[name].bits)
-    packed = pack(codes, scales, name, group)
+    parts, x, x_scale = packed_case(name, group, WIDE, n_groups, HEIGHT, 10 * group + PACKED[name].bits)
+    packed = pack(*parts, name, group)
     block = packed.size // WIDE
-    law = packed_law(codes, scales, PACKED[name].zero, group, x, x_scale)
+    law = packed_law(parts, name, group, x, x_scale)
     known = np.full((HEIGHT, 16 * WIDE), np.nan, F)
     for blocks, height in SHAPES:
         tile = packed_tile(name, group, blocks, height)
@@ -98,31 +104,36 @@ def test_packed_tile_obeys_the_law(name, group):
 
 
 @pytest.mark.parametrize("name", PACKED)
-def test_one_block_done_twice(name):
-    """With both distances 0 a pair is one row block done twice, written to the same place, with the same bits."""
-    codes, scales, x, x_scale = packed_case(name, 32, 2, 2, 3, 5)
-    packed, acts = pack(codes, scales, name, 32), acts_of(x, x_scale, 32)
-    run = compiled(packed_tile(name, 32, 2, 3), 7)
-    both = run_packed(run, packed, 2, packed.size // 2, 2, acts, 3)
-    out = Memory((3, 16), F)
-    run(address(packed), 0, 2, address(acts), out.at, 64, 0)
-    assert out.intact() and same_bits(out.array, both[:, :16])
+def test_one_block_done_several_times(name):
+    """With both distances 0 a tile is one row block done over and over, written to the same place, with the same bits: a pair's, and
+    one of SINGLE row blocks."""
+    group = PACKED[name].group
+    for blocks, height in {(2, min(3, HEIGHT)), (SINGLE, 1)}:
+        parts, x, x_scale = packed_case(name, group, blocks, 2, height, 5)
+        packed, acts = pack(*parts, name, group), acts_of(x, x_scale, group)
+        run = compiled(packed_tile(name, group, blocks, height), 7)
+        together = run_packed(run, packed, blocks, packed.size // blocks, 2, acts, height)
+        out = Memory((height, 16), F)
+        for r in range(blocks):
+            run(address(packed) + r * packed.size // blocks, 0, 2, address(acts), out.at, 64, 0)
+            assert out.intact() and same_bits(out.array, together[:, 16 * r : 16 * r + 16])
 
 
-@pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name, group", PAIRS)
 def test_integers_are_exact_at_the_edges(name, group):
-    """A group at its largest magnitude: all codes and inputs at their ends, scales 1; the sum is the exact integer."""
+    """A group at its largest magnitude: codes, selectors and inputs all at their ends, scales 1; the sum is the exact integer."""
     spec = PACKED[name]
-    ends = [0 if name == "q4" else 1, spec.zero, (1 << spec.bits) - 1]
+    ends = sorted({0 if spec.values else 1, spec.pad, (1 << spec.bits) - 1})
     codes = np.repeat(np.resize(np.array(ends, np.uint8), (16, 1)), 2 * group, axis=1)
     x = np.repeat(np.array([[127], [-127]], np.int8), 2 * group, axis=1)
-    packed = pack(codes, np.ones((16, 2), np.float16), name, group)
-    got = np.zeros((2, 16), F)
     run = compiled(packed_tile(name, group, 1, 1), 7)
-    for t in range(2):
-        got[t] = run_packed(run, packed, 1, 0, 2, acts_of(x[t : t + 1], np.ones((1, -(-2 * group // SHARED)), F), group), 1)
-    assert (got == (codes[:, 0].astype(np.int64) - spec.zero)[None] * x[:, :1].astype(np.int64) * 2 * group).all()
+    for selector in sorted({0, len(spec.multipliers) - 1}) if spec.per else (0,):
+        selectors = np.full((16, 2 * group // spec.per if spec.per else 0), selector, np.uint8)
+        packed = pack(codes, np.ones((16, 2), np.float16), selectors, name, group)
+        exact = integers(codes, selectors, name)[:, 0].astype(np.int64) * 2 * group
+        for t in range(2):
+            got = run_packed(run, packed, 1, 0, 2, acts_of(x[t : t + 1], np.ones((1, -(-2 * group // SHARED)), F), group), 1)
+            assert (got[0] == exact * x[t, 0]).all()
 
 
 # ---- dense -------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from oracle import random_ids
 
 from npmix import convert as conversion
 from npmix.engine import Engine
+from npmix.formats import PACKED
 from npmix.kernels._jit import DISABLED
 
 T = 12 if DISABLED else 640  # tokens: beyond two blocks of 256 positions
@@ -19,14 +20,16 @@ ODD = {
     "max_position_embeddings": 1024,
 }  # fmt: skip
 
-# name: dense dtype of the checkpoint, then the format of each kind of matrix, or None to run it as it is
+LOW = [(name, spec.group) for name, spec in PACKED.items() if spec.values] * 5  # formats with a table; the first five are all of them
+# name: dense dtype of the checkpoint, then its --quant, or the format of each kind of matrix, or None to run it as it is
 FORMATS = {
     "bf16": ("bf16", None),
     "f16": ("f16", None),
     "f32": ("f32", None),
-    "q8": ("bf16", ("q8", 64)),
-    "q4": ("bf16", ("q4", 64)),
-    "q4 mixed": ("bf16", {"wo": ("q4", 128), "experts": ("q4", 64), "w_down": ("q4", 128), "other": ("q4", 32)}),
+    "q8": ("bf16", "q8"),
+    "q4": ("bf16", "q4"),
+    "mixed": ("bf16", {"wo": LOW[0], "experts": LOW[1], "w_down": LOW[2], "other": LOW[0]}),
+    "mixed otherwise": ("bf16", {"wo": LOW[4], "experts": LOW[3], "w_down": LOW[4], "other": LOW[3]}),
     "q8 mixed": ("f32", {"wo": ("q8", 32), "experts": ("q8", 128), "w_down": ("q8", 64), "other": ("q8", 128)}),
 }
 CASES = [(name, "f32") for name in FORMATS] + [("bf16", "f16"), ("q8", "f16"), ("bf16", "q8")]
@@ -57,8 +60,8 @@ def build(folder, name, **overrides):
     with pytest.MonkeyPatch.context() as patch:
         if isinstance(packed, dict):
             patch.setattr(conversion, "tensor_formats", mixed_formats(packed))
-            packed = ("q4", 64)
-        return conversion.convert(path, folder / "store", packed[0], group=packed[1])
+            packed = "q4"
+        return conversion.convert(path, folder / "store", packed)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +116,7 @@ def test_decode_prefill_and_chunks(models, name, kv):
                 assert_equal(engine.step(ids[end]), expected[end])
 
 
-@pytest.mark.parametrize("name", ["bf16", "q8", "q4 mixed"])
+@pytest.mark.parametrize("name", ["bf16", "q8", "mixed"])
 def test_random_pieces(models, name):
     """A sequence cut at random into prefills and steps gives the bits of the whole, blocks of 256 positions being no border."""
     rng = np.random.default_rng(7)

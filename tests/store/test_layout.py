@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from npmix.checkpoint.config_json import translate
 from npmix.convert import convert, make_recipe, tensor_formats
-from npmix.formats import tensor_bytes
+from npmix.formats import PACKED, tensor_bytes
 from npmix.store import open_store
 from npmix.store.layout import LINE, PAGE, plan_digest, plan_store
 
@@ -18,7 +18,7 @@ ODD = {"hidden_size": 72, "intermediate_size": 100, "vocab_size": 333, "head_dim
 
 
 @pytest.mark.parametrize("overrides", [{}, ODD])
-@pytest.mark.parametrize("quant", ["q8", "q4"])
+@pytest.mark.parametrize("quant", PACKED)
 def test_plan_places_experts_on_pages(overrides, quant):
     """Data and each expert start on a page, tensors on a line; an expert's matrices touch; slots follow without holes."""
     config = translate({**TINY, **overrides})
@@ -74,11 +74,11 @@ def test_plan_digest_tells_conversions_apart():
     """Another recipe, another source or another model is another plan; the same is the same."""
     config = translate(TINY)
 
-    def digest(config, quant, group, source):
-        return plan_digest(config, plan_store(config, tensor_formats(config, make_recipe(quant, group=group), lambda _: "bf16")), source)
+    def digest(config, quant, source, uniform=False):
+        return plan_digest(config, plan_store(config, tensor_formats(config, make_recipe(quant, uniform), lambda _: "bf16")), source)
 
-    base = digest(config, "q4", 64, "s")
-    assert digest(config, "q4", 64, "s") == base
+    base = digest(config, "q4", "s")
+    assert digest(config, "q4", "s") == base
     other = translate({**TINY, "rope_theta": 1e4})
-    assert base not in (digest(config, "q4", 32, "s"), digest(config, "q8", 64, "s"), digest(config, "q4", 64, "t"))
-    assert base != digest(other, "q4", 64, "s")
+    assert base not in (digest(config, "q4", "s", True), digest(config, "q8", "s"), digest(config, "q4", "t"))
+    assert base != digest(other, "q4", "s")

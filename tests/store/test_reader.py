@@ -9,8 +9,10 @@ from make import tiny_hf
 from npmix.checkpoint import open_checkpoint
 from npmix.convert import convert
 from npmix.errors import CheckpointError, ConfigError, NpmixError, StoreError
+from npmix.generate import BUNDLED
 from npmix.quant.pack import dequantize
 from npmix.store import open_source, open_store
+from npmix.store.layout import VERSION
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +60,25 @@ def test_open_source_chooses(made, tmp_path):
 
 def test_a_newer_version_says_upgrade(store):
     """A store of a newer format version is refused with the advice to upgrade."""
-    change(store, lambda m: m.update(version=2, surprise=1))
+    change(store, lambda m: m.update(version=VERSION + 1, surprise=1))
     with pytest.raises(StoreError, match="upgrade npmix"):
         open_store(store)
+
+
+def test_version_1(made, store, tmp_path):
+    """A store of version 1 is read if all its matrices are q8, in any group; its 4-bit format is gone, and the message says what to do."""
+    old = convert(made.parent / "hf", tmp_path / "old", "q8")
+    with open_store(old) as ours:
+        expected = dequantize(ours.tensor("layers.0.wq"))
+    change(old, lambda m: m.update(version=1))
+    with open_store(old) as ours:
+        assert (dequantize(ours.tensor("layers.0.wq")) == expected).all()
+    with open_store(BUNDLED) as ours:  # packed by the first npmix
+        assert ours.manifest["version"] == 1 and ours.tensor("tok_embeddings").group == 64
+    change(store, lambda m: m.update(version=1))
+    with pytest.raises(StoreError, match="older npmix.*convert again") as e:
+        open_store(store)
+    assert "\n" not in str(e.value) and str(store) in str(e.value)
 
 
 LIES = {
@@ -82,14 +100,14 @@ LIES = {
     "wrong shape": lambda m: m["tensors"]["layers.0.wq"].update(shape=[64, 63]),
     "file outside the folder": lambda m: m["tensors"]["layers.0.wq"].update(file="../layer-00000.safetensors"),
     "file of another layer": lambda m: m["tensors"]["layers.0.wq"].update(file="layer-00001.safetensors"),
-    "format unknown": lambda m: m["tensors"]["layers.0.wq"].update(format="q3"),
+    "format unknown": lambda m: m["tensors"]["layers.0.wq"].update(format="q7"),
     "format is a list": lambda m: m["tensors"]["layers.0.wq"].update(format=["q8"]),
     "format other than stored": lambda m: m["tensors"]["layers.0.wq"].update(format="q4"),
     "group other than stored": lambda m: m["tensors"]["layers.0.experts.0.w_up"].update(group=32),
     "group absurd": lambda m: m["tensors"]["layers.0.wq"].update(group=7),
     "group of a dense tensor": lambda m: m["tensors"]["norm"].update(group=64),
     "norm in bf16": lambda m: m["tensors"]["norm"].update(format="bf16"),
-    "router packed": lambda m: m["tensors"]["layers.0.router"].update(format="q8", group=64),
+    "router packed": lambda m: m["tensors"]["layers.0.router"].update(format="q8", group=128),
     "files missing": lambda m: m["files"].pop("rest.safetensors"),
     "files leave the folder": lambda m: m["files"].update({"../x": m["files"]["rest.safetensors"]}),
     "file entry is text": lambda m: m["files"].update({"rest.safetensors": "x"}),

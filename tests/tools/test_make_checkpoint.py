@@ -63,8 +63,8 @@ def test_store_verifies_and_routing_is_near_uniform(tmp_path, capsys):
 
 
 def test_uniform_store_has_one_format(tmp_path):
-    """--uniform rounds every matrix to 4 bits in groups of 32: 4.5 bits a weight."""
+    """--uniform packs every matrix like the experts."""
     tool.main([str(tmp_path / "u"), *OPTIONS, "--uniform", "--tokens", "0"])
     with open_store(tmp_path / "u") as store:
         matrices = [store.tensor(name) for name in store.names() if not name.endswith(("norm", "router"))]
-        assert {(tensor.format, tensor.group) for tensor in matrices} == {("q4", 32)}
+        assert {(tensor.format, tensor.group) for tensor in matrices} == {("q4", 128)}
