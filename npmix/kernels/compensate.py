@@ -21,7 +21,7 @@ _LOW, _HIGH = np.array(SCALE_BOUNDS, np.float32)
 # More scratch memory, in vectors of 16 rows. Of the group: the errors, values and targets' errors under the scale that is tried, selectors, and the
 # same of the best scale; of a sub-block: targets, and for each selector errors, values; of each selector: factor, its inverse, error
 _VECTORS = {
-    "errors": 128, "values": 128, "missed": 128, "chosen": 32, "best values": 128, "best missed": 128, "targets": 128,
+    "errors": 128, "values": 128, "missed": 128, "chosen": 32, "best values": 128, "best missed": 128, "targets": 16,
     "tried errors": 256, "tried values": 256, "factor": 16, "inverse": 16, "found": 16, "trial": 1, "total": 1, "best": 1,
 }  # fmt: skip
 _PLACES = dict(zip(_VECTORS, (SCRATCH_BYTES + 64 * n for n in np.cumsum([0, *_VECTORS.values()]).tolist())))
@@ -34,7 +34,7 @@ _ALL_BYTES = SCRATCH_BYTES + 64 * sum(_VECTORS.values())
 
 @functools.lru_cache(maxsize=None)
 def _sub_block_kernels(name):
-    """Two kernels: try all selectors on a sub-block whose targets are there; and from its values the errors that later ones will see."""
+    """Three kernels: a target's sum inside a sub-block, all selectors tried on one whose targets are there, the best of them kept."""
     spec, value, per = PACKED[name], nearest_of(name, False), PACKED[name].per
     selectors, row_bytes = len(spec.multipliers), 4 * rows_table(name).shape[1]
 
@@ -89,51 +89,26 @@ def _sub_block_kernels(name):
 
 
 @functools.lru_cache(maxsize=None)
-def _compensator(name):
-    """A kernel (valid, importance, feedback, weights, rows, scratch): scale, selectors and codes of the group in scratch."""
-    spec, find, products, code = PACKED[name], scale_finder(name), add_products(PACKED[name].per), nearest_of(name, True)
-    within, try_all, choose = _sub_block_kernels(name)
-    per, pad, multipliers = spec.per, np.float32(spec.pad), np.array(spec.multipliers, np.float32)
-    row_bytes = 4 * rows_table(name).shape[1]
+def _targets_kernel(name):
+    """A kernel (block, errors, feedback, scratch): a sub-block's targets from all sub-blocks before it."""
+    products, per = add_products(PACKED[name].per), PACKED[name].per
 
     @njit
     def targets(block, errors, feedback, scratch):
-        """A sub-block's weights and the errors of all sub-blocks before it."""
+        """Its weights, and the errors of all before it times their factors."""
         for k in range(per):
             store_f32(scratch + _TARGETS + 64 * k, load_f32(scratch + WEIGHTS + 64 * (per * block + k)))
         for i in range(block):
             products(scratch + _TARGETS, errors + 64 * per * i, feedback + 4 * (SHARED * per * i + per * block))
 
-    @njit
-    def try_scale(feedback, weights, rows, scratch):
-        scale = load_f32(scratch + _TRIAL)
-        for s in range(len(multipliers)):
-            factor = mul(scale, splat_f32(multipliers[s]))
-            store_f32(scratch + _FACTOR + 64 * s, factor)
-            store_f32(scratch + _INVERSE + 64 * s, div(splat_f32(_ONE), factor))
-        store_f32(scratch + _TOTAL, splat_f32(_ZERO))
-        for block in range(SHARED // per):
-            x, own = scratch + WEIGHTS + 64 * per * block, feedback + 4 * (SHARED + 1) * per * block
-            targets(block, scratch + _ERRORS, feedback, scratch)
-            try_all(x, own, weights + 4 * per * block, rows, scratch)
-            choose(block, x, own, scratch)
+    return targets
 
-    @njit
-    def keep(first, scratch):
-        """The scale just tried, if it is better than the best so far."""
-        new, old = load_f32(scratch + _TOTAL), load_f32(scratch + _BEST)
-        if first:
-            old = splat_f32(np.float32(np.inf))
-        for kept, found, count in (
-            (SCALE, _TRIAL, 1),
-            (SELECTORS, _CHOSEN, SHARED // per),
-            (_BEST_VALUES, _VALUES, SHARED),
-            (_BEST_MISSED, _MISSED, SHARED),
-        ):
-            for i in range(count):
-                v = load_f32(scratch + found + 64 * i)
-                store_f32(scratch + kept + 64 * i, v if first else where_greater(old, new, v, load_f32(scratch + kept + 64 * i)))
-        store_f32(scratch + _BEST, new if first else minimum(new, old))
+
+@functools.lru_cache(maxsize=None)
+def _finishers(name):
+    """Two kernels for values and selectors that stay: their codes, and the last step of the scale."""
+    spec, code, within, targets = PACKED[name], nearest_of(name, True), _sub_block_kernels(name)[0], _targets_kernel(name)
+    per, pad, selectors, row_bytes = spec.per, np.float32(spec.pad), len(spec.multipliers), 4 * rows_table(name).shape[1]
 
     @njit
     def write_codes(valid, rows, scratch):
@@ -144,7 +119,7 @@ def _compensator(name):
             store_f32(scratch + SELECTORS + 64 * i, chosen)
             for k in range(per * i, per * i + per):
                 store_f32(scratch + CODES + 64 * k, splat_f32(pad))
-            for s in range(len(multipliers)):
+            for s in range(selectors):
                 other = absolute(sub(chosen, splat_f32(np.float32(s))))
                 for k in range(per * i, min(per * i + per, valid)):
                     at, q = scratch + CODES + 64 * k, load_f32(scratch + _BEST_VALUES + 64 * k)
@@ -167,6 +142,45 @@ def _compensator(name):
         ratio = div(square, where_greater(product, zero, product, one))
         ratio = minimum(maximum(ratio, splat_f32(_LOW)), splat_f32(_HIGH))
         store_f32(scratch + SCALE, half(mul(load_f32(scratch + SCALE), where_greater(product, zero, ratio, one)), scratch))
+
+    return write_codes, fair_scale
+
+
+@functools.lru_cache(maxsize=None)
+def _compensator(name):
+    """A kernel (valid, importance, feedback, weights, rows, scratch): scale, selectors and codes of the group in scratch."""
+    find, targets, (_, try_all, choose) = scale_finder(name), _targets_kernel(name), _sub_block_kernels(name)
+    write_codes, fair_scale = _finishers(name)
+    per, multipliers = PACKED[name].per, np.array(PACKED[name].multipliers, np.float32)
+
+    @njit
+    def try_scale(feedback, weights, rows, scratch):
+        scale = load_f32(scratch + _TRIAL)
+        for s in range(len(multipliers)):
+            factor = mul(scale, splat_f32(multipliers[s]))
+            store_f32(scratch + _FACTOR + 64 * s, factor)
+            store_f32(scratch + _INVERSE + 64 * s, div(splat_f32(_ONE), factor))
+        store_f32(scratch + _TOTAL, splat_f32(_ZERO))
+        for block in range(SHARED // per):
+            x, own = scratch + WEIGHTS + 64 * per * block, feedback + 4 * (SHARED + 1) * per * block
+            targets(block, scratch + _ERRORS, feedback, scratch)
+            try_all(x, own, weights + 4 * per * block, rows, scratch)
+            choose(block, x, own, scratch)
+
+    @njit
+    def keep(first, scratch):
+        """The scale just tried, if it is better than the best so far."""
+        new, old = load_f32(scratch + _TOTAL), load_f32(scratch + _BEST)
+        for kept, found, count in (
+            (SCALE, _TRIAL, 1),
+            (SELECTORS, _CHOSEN, SHARED // per),
+            (_BEST_VALUES, _VALUES, SHARED),
+            (_BEST_MISSED, _MISSED, SHARED),
+        ):
+            for i in range(count):
+                v = load_f32(scratch + found + 64 * i)
+                store_f32(scratch + kept + 64 * i, v if first else where_greater(old, new, v, load_f32(scratch + kept + 64 * i)))
+        store_f32(scratch + _BEST, new if first else minimum(new, old))
 
     @njit
     def compensate(valid, importance, feedback, weights, rows, scratch):
