@@ -13,7 +13,7 @@ from npmix.quant.compensate import factors, quantise_compensated
 from npmix.quant.pack import dequantize, pack
 from npmix.store import open_source, open_store
 from npmix.store.moments import Moments, MomentsWriter, moment_shapes
-from npmix.store.weighting import PSEUDO_TOKENS, Weighting
+from npmix.store.weighting import PSEUDO_TOKENS, UNRELATED_TOKENS, Weighting
 
 
 def moments_file(path, seed=0, config=CONFIG, change=None, **about):
@@ -61,7 +61,8 @@ def test_every_expert_is_rounded_by_its_own_moments(tmp_path, files):
 
 
 def test_experts_seldom_chosen_take_after_the_others(tmp_path):
-    """Blended by tokens with the mean over the layer's experts: one that no token chose gets the mean, one chosen often nearly its own."""
+    """Blended by tokens with the mean over the layer's experts, products of different inputs shrunk by tokens: one that no token chose
+    gets the mean, one chosen often nearly its own."""
     path, moments = (
         tmp_path / "i",
         moments_file(tmp_path / "m", change=lambda name, values: values.fill(0) if ".experts.3." in name else None),
@@ -71,12 +72,18 @@ def test_experts_seldom_chosen_take_after_the_others(tmp_path):
     weighting._importance.counts[0] = counts
     own = [Moments(moments, CONFIG).of(f"layers.0.experts.{e}.w_gate").astype(np.float64) for e in range(4)]
     mean = sum(n * h for n, h in zip(counts, own)) / counts.sum()
+
+    def shrunk(h, tokens):
+        return np.where(np.eye(128, dtype=bool), h, h * tokens / (tokens + UNRELATED_TOKENS))
+
     for e in (3, 0, 2):
-        expected = (counts[e] * own[e] + PSEUDO_TOKENS * mean) / (counts[e] + PSEUDO_TOKENS)
+        expected = (counts[e] * shrunk(own[e], counts[e]) + PSEUDO_TOKENS * shrunk(mean, 2000)) / (counts[e] + PSEUDO_TOKENS)
         for name in ("w_gate", "w_up"):
             for found, right in zip(weighting.factors(f"layers.0.experts.{e}.{name}", 64), factors(expected.astype(np.float32), 64)):
                 assert np.allclose(found, right, rtol=1e-3, atol=1e-4)
     assert (weighting.factors("layers.0.experts.2.w_up", 64)[0] != weighting.factors("layers.1.experts.2.w_up", 64)[0]).any()
+    expected = shrunk(Moments(moments, CONFIG).of("layers.1.wo"), TOKENS).astype(np.float32)
+    assert np.allclose(weighting.factors("layers.1.wo", 64)[0], factors(expected, 64)[0], rtol=1e-3, atol=1e-4)
     assert weighting.factors("tok_embeddings", 64) is None and Weighting(path, None, CONFIG).factors("output", 64) is None
 
 
@@ -145,3 +152,32 @@ def test_moments_that_cannot_be_stop_the_conversion(tmp_path):
     files = {"importance": importance_file(tmp_path / "i"), "second_moments": moments_file(tmp_path / "m", change=spoil)}
     with pytest.raises(CalibrationError, match="m: layers.1.experts.0.w_down has second moments that no inputs can have"):
         convert(tiny_hf(tmp_path / "hf"), tmp_path / "a", "q4", **files)
+
+
+def test_the_command_takes_both_files(tmp_path, files):
+    """`npmix convert --second-moments` gives the same bytes as the call; a wrong file is one line on stderr, exit code 1."""
+    from click.testing import CliRunner
+
+    from npmix.cli import main
+
+    hf = tiny_hf(tmp_path / "hf")
+    command = [
+        "convert",
+        str(hf),
+        str(tmp_path / "a"),
+        "--quant",
+        "q4",
+        "--quiet",
+        "--importance",
+        str(files["importance"]),
+        "--second-moments",
+    ]
+    result = CliRunner().invoke(main, [*command, str(files["importance"])])
+    assert (
+        (result.exit_code, result.stdout) == (1, "")
+        and len(result.stderr.splitlines()) == 1
+        and "no file of second moments" in result.stderr
+    )
+    result = CliRunner().invoke(main, [*command, str(files["second_moments"])])
+    assert (result.exit_code, result.output) == (0, "")
+    assert content(tmp_path / "a") == content(convert(hf, tmp_path / "b", "q4", **files))
