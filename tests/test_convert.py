@@ -9,7 +9,7 @@ from make import TINY, bf16_bits, tiny_arrays, tiny_hf
 
 from npmix.checkpoint.config_json import translate
 from npmix.convert import convert, info, make_recipe, round_piece, verify
-from npmix.errors import CheckpointError, ConversionError, InputError, StoreError
+from npmix.errors import CheckpointError, InputError, StoreError
 from npmix.formats import PACKED, packed_bytes
 from npmix.quant.pack import dequantize, pack
 from npmix.quant.round import quantise

@@ -53,7 +53,8 @@ def kernel(kind: str, args: tuple[str, ...]):
 
 
 def assembly(tile_op, count: int) -> str:
-    """The assembly of a function that only calls the tile."""
+    """The assembly of a function that is only the tile, emitted in place."""
+    tile_op = getattr(tile_op, "inner", tile_op)
     names = [f"a{i}" for i in range(count)]
     wrappers = {
         7: lambda a, b, c, d, e, f, g: tile_op(a, b, c, d, e, f, g),
@@ -74,7 +75,7 @@ def cross_assembly(tile_op, count: int, target: str) -> str:
     module.triple, module.data_layout = triple, str(machine.target_data)
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * count), "tile")
     builder = ir.IRBuilder(function.append_basic_block())
-    tile_op.emit(builder, *function.args)
+    getattr(tile_op, "inner", tile_op).emit(builder, *function.args)
     builder.ret_void()
     parsed = llvm.parse_assembly(str(module))
     parsed.verify()

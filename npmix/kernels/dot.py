@@ -5,7 +5,7 @@ each is held to the plain one on random and edge values.
 """
 
 from . import cpu
-from .simd import call, const_vector, load, scalar, shuffle, splat, vector
+from .simd import call, const_vector, join, load, scalar, shuffle, splat, vector
 
 
 def emit_splat4(builder, address):
@@ -63,16 +63,7 @@ def _by_parts(builder, acc, codes, inputs, lanes, part):
             shuffle(builder, inputs, range(4 * at, 4 * (at + lanes))),
         )
         whole.append(piece)
-    return _join(builder, whole)
-
-
-def _join(builder, parts):
-    """One vector of all the lanes of several."""
-    while len(parts) > 1:
-        width = parts[0].type.count
-        mask = const_vector("i32", 2 * width, list(range(2 * width)))
-        parts = [builder.shuffle_vector(a, b, mask) for a, b in zip(parts[::2], parts[1::2])]
-    return parts[0]
+    return join(builder, whole)
 
 
 def _vnni256(builder, acc, codes, inputs):
@@ -82,12 +73,15 @@ def _vnni256(builder, acc, codes, inputs):
 
 def _avx2(builder, acc, codes, inputs):
     """|w| as the unsigned operand, its sign moved to the input: pairs reach 2 * 128 * 127 = 32,512 and fit."""
-    signed = builder.xor(codes, const_vector("i8", 32, -128))
-    size = call(builder, "llvm.abs.v32i8", codes.type, signed, scalar("i1")(0))
-    negative = builder.icmp_signed("<", signed, const_vector("i8", 32, 0))
-    turned = builder.select(negative, builder.neg(inputs), inputs)
-    pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", vector("i16", 16), size, turned)
+    pairs = _avx2_pairs(builder, builder.xor(codes, const_vector("i8", 32, -128)), inputs)
     return builder.add(acc, call(builder, "llvm.x86.avx2.pmadd.wd", acc.type, pairs, const_vector("i16", 16, 1)))
+
+
+def _avx2_pairs(builder, weights, inputs):
+    """<16 x i16>: sums of two products each, of signed bytes above -128 (weights) and inputs."""
+    size = call(builder, "llvm.abs.v32i8", weights.type, weights, scalar("i1")(0))
+    turned = call(builder, "llvm.x86.avx2.psign.b", inputs.type, inputs, weights)
+    return call(builder, "llvm.x86.avx2.pmadd.ub.sw", vector("i16", 16), size, turned)
 
 
 def _neon(builder, acc, codes, inputs):
@@ -102,3 +96,29 @@ def _plain_dot4(builder, acc, codes, inputs):
         b = builder.sext(shuffle(builder, inputs, lanes), vector("i32", 16))
         acc = builder.add(acc, builder.mul(a, b))
     return acc
+
+
+# ---- sums that are multiplied once: AVX2, where a multiplication costs as much as a dot ---------------
+
+
+def multiplies_sums():
+    """Whether `emit_dot_multiplied` is the way to take formats with multipliers."""
+    return cpu.form() == "avx2"
+
+
+def emit_dot_multiplied(builder, acc, values, inputs, multipliers):
+    """acc[r] + multipliers[r] * sum over all of values[4r + j] * inputs[4r + j].
+
+    values, inputs: lists of <64 x i8>, few and small enough that the sums of pairs stay in 16 bits (a sub-block of formats.PACKED's
+    tables does); multipliers: <32 x i16>, a lane's twice.
+    """
+    whole = []
+    for at in (0, 8):
+        pairs = None
+        for value, x in zip(values, inputs):
+            lanes = range(4 * at, 4 * at + 32)
+            part = _avx2_pairs(builder, shuffle(builder, value, lanes), shuffle(builder, x, lanes))
+            pairs = part if pairs is None else builder.add(pairs, part)
+        m = shuffle(builder, multipliers, range(2 * at, 2 * at + 16))
+        whole.append(call(builder, "llvm.x86.avx2.pmadd.wd", vector("i32", 8), pairs, m))
+    return builder.add(acc, join(builder, whole))

@@ -98,9 +98,8 @@ def _pair_by_panel(name, group):
     @njit
     def pair_by_panel(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead_bytes, panel):
         plain_bytes = n_groups // 2 * plain if block_bytes else 0
-        unpack(w, n_groups, panel)
-        if block_bytes:
-            unpack(w + block_bytes, n_groups, panel + plain_bytes)
+        for i in range(BLOCKS if block_bytes else 1):
+            unpack(w + i * block_bytes, n_groups, panel + i * plain_bytes)
         pair(panel, plain_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, w + BLOCKS * block_bytes, ahead_bytes)
 
     @njit

@@ -171,6 +171,15 @@ def shuffle(builder, value, lanes):
     return builder.shuffle_vector(value, value, ir.Constant(vector("i32", len(lanes)), list(lanes)))
 
 
+def join(builder, parts):
+    """One vector of all the lanes of several."""
+    while len(parts) > 1:
+        width = parts[0].type.count
+        mask = const_vector("i32", 2 * width, list(range(2 * width)))
+        parts = [builder.shuffle_vector(a, b, mask) for a, b in zip(parts[::2], parts[1::2])]
+    return parts[0]
+
+
 def emit_fma(builder, a, b, c):
     suffix = "f32" if isinstance(a.type, ir.FloatType) else f"v{a.type.count}f32"
     return call(builder, f"llvm.fma.{suffix}", a.type, a, b, c)

@@ -25,7 +25,7 @@ from numba.core import cgutils
 
 from ..formats import CHUNK, SHARED, span_bytes
 from . import cpu
-from .dot import emit_dot4, emit_dot_start, emit_splat4
+from .dot import emit_dot4, emit_dot_multiplied, emit_dot_start, emit_splat4, multiplies_sums
 from .outline import outlined
 from .simd import (
     const_i64,
@@ -178,6 +178,9 @@ class _PackedLoops:
                 for line in range(0, source.chunk_bytes, 64):
                     prefetch(builder, builder.add(at, const_i64(AHEAD + line)))
         chunks = [source.open(builder.add(b, places[0]), builder.add(b, places[1]), index) for b in self.rows]
+        if multiplies_sums() and source.spec.per and len(source.spec.values) == 1:
+            self.sub_blocks(chunks, inputs)
+            return
         for i in range(CHUNK // 4):
             vectors = [source.vector(chunk, i) for chunk in chunks]
             for t in range(self.height):
@@ -185,6 +188,18 @@ class _PackedLoops:
                 for r, w in enumerate(vectors):
                     cell = self.part[(r, t), i % self.chains]
                     builder.store(emit_dot4(builder, builder.load(cell), w, x), cell)
+
+    def sub_blocks(self, chunks, inputs):
+        """The same, by sub-blocks whose sums are multiplied once."""
+        builder, step = self.builder, self.source.spec.per // 4
+        for i in range(CHUNK // 4 // step):
+            blocks = [self.source.sub_block(chunk, i) for chunk in chunks]
+            for t in range(self.height):
+                at = [builder.add(inputs, const_i64(4 * ((i * step + j) * self.height + t))) for j in range(step)]
+                x = [emit_splat4(builder, place) for place in at]
+                for r, (values, multipliers) in enumerate(blocks):
+                    cell = self.part[(r, t), i % self.chains]
+                    builder.store(emit_dot_multiplied(builder, builder.load(cell), values, x, multipliers), cell)
 
 
 def _packed_twin(name, group, blocks, height):

@@ -14,7 +14,7 @@ from numba.core import cgutils
 from ..formats import CHUNK, PACKED, codes_at, span_bytes
 from . import cpu
 from .outline import outlined
-from .simd import call, const_i32, const_i64, const_vector, i64, load, op, peek, poke, scalar, shuffle, splat, store, vector, void
+from .simd import call, const_i32, const_i64, const_vector, i64, join, load, op, peek, poke, scalar, shuffle, splat, store, vector, void
 
 
 @functools.lru_cache(maxsize=None)
@@ -50,6 +50,18 @@ class Unpacker:
             return load(self.builder, self.builder.add(codes, const_i64(64 * i)), vector("i8", 64))
         index = self._index(codes, i)
         return self._lookup_all(index, selectors, i) if self._vbmi else self._lookup_parts(index, selectors, i)
+
+    def sub_block(self, chunk, i):
+        """Sub-block i of a format with multipliers, apart: its vectors of values <64 x i8>, and each lane's multiplier twice <32 x i16>."""
+        builder, spec, (codes, selectors) = self.builder, self.spec, chunk
+        mask = const_vector("i8", 64, (1 << spec.bits) - 1)
+        places = range(spec.per // 4 * i, spec.per // 4 * (i + 1))
+        values = [self._lookup(spec.values[0], builder.and_(self._index(codes, place), mask)) for place in places]
+        lanes = builder.lshr(selectors, const_vector("i32", 16, spec.selector_bits * i))
+        table = [spec.multipliers[s % len(spec.multipliers)] for s in range(8)]  # repeated: permd reads 3 bits
+        doubled = const_vector("i32", 8, [m % 65536 * 65537 for m in table])
+        halves = [call(builder, "llvm.x86.avx2.permd", doubled.type, doubled, shuffle(builder, lanes, range(at, at + 8))) for at in (0, 8)]
+        return values, builder.bitcast(join(builder, halves), vector("i16", 32))
 
     def _load_selectors(self, at, index):
         """Each row's selectors of the chunk in the low bits of a 32-bit lane."""
@@ -159,11 +171,7 @@ def _lookup_16(builder, entries, index):
 
 def _by_parts(builder, value, lanes, part):
     """Apply an operation of narrower registers to each slice of a vector of 64 bytes."""
-    parts = [part(shuffle(builder, value, range(at, at + lanes))) for at in range(0, 64, lanes)]
-    while len(parts) > 1:
-        mask = const_vector("i32", 2 * parts[0].type.count, list(range(2 * parts[0].type.count)))
-        parts = [builder.shuffle_vector(a, b, mask) for a, b in zip(parts[::2], parts[1::2])]
-    return parts[0]
+    return join(builder, [part(shuffle(builder, value, range(at, at + lanes))) for at in range(0, 64, lanes)])
 
 
 # ---- whole row blocks --------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 python forms_probe.py OUT.npz              products alone: the int8 dot is all that has forms
 python forms_probe.py OUT.npz -            all kernels
-python forms_probe.py OUT.npz FOLDER       all kernels, and logits of the models in FOLDER
+python forms_probe.py OUT.npz FOLDER       all kernels, and logits of the model in FOLDER
 """
 
 import sys
@@ -15,6 +15,7 @@ from test_matmul import _fill, activations, product, weights
 from test_ops import exp2
 from test_router import choice
 
+from npmix.kernels import outline
 from npmix.kernels.attention import attend
 from npmix.kernels.matmul import matmul
 from npmix.kernels.rows import quantise_row, rms_norm, rope, swiglu
@@ -37,7 +38,7 @@ def products() -> dict[str, np.ndarray]:
         x = rng.standard_normal((max(TOKENS), 300)).astype(F)
         for tokens in TOKENS:
             results[f"matmul {name} {group} {tokens}"] = product(matmul(name, group), tensor, x[:tokens], 0, 4)
-        results[f"acts {group}"] = activations(x, group).array if group else np.zeros(0, np.uint8)
+        results[f"acts {group}"] = activations(x[:7], group).array if group else np.zeros(0, np.uint8)
     results["attention q8"] = attention("q8")
     return results
 
@@ -64,33 +65,18 @@ def kernels() -> dict[str, np.ndarray]:
 
 
 def logits(folder) -> dict[str, np.ndarray]:
-    """Logits of the q8 and the q4 model in a folder, by decode and by prefill; the q4 model's kernels hold the q8 model's."""
+    """Logits of a q4 model, whose other matrices are q8, by decode and by prefill."""
     from npmix.engine import Engine
-    from npmix.model import forward
 
     with Engine(folder / "q4", threads=2, chunk=16) as engine:
-        slots = tuple(engine._forward.weights.slots)
-    whole = forward.entry
-    results = {}
-    for name in ("q8", "q4"):
-
-        def entry(wanted, embeddings, kv):
-            assert slots[: len(wanted)] == wanted  # so slots mean the same, and one compilation serves both
-            return whole(slots, embeddings, kv)
-
-        forward.entry = entry
-        try:
-            with Engine(folder / name, threads=2, chunk=16) as engine:
-                results[f"{name} prefill"] = engine.logits(IDS)
-                results[f"{name} decode"] = np.stack([engine.step(int(t)) for t in IDS])
-        finally:
-            forward.entry = whole
-    return results
+        return {"prefill": engine.logits(IDS), "decode": np.stack([engine.step(int(t)) for t in IDS])}
 
 
 def assembly() -> str:
     """The machine code of what was compiled here: matrix products, activations, and the rest where it was run."""
-    compiled = [*(matmul(*pair) for pair in FORMATS), _fill, rms_norm, swiglu, attend("f16"), attend("f32"), attend("q8")]
+    tiles = [function for tile in outline._tiles for function in tile._registered.values()]  # called by name, so in no other's code
+    assert len(tiles) >= 10
+    compiled = [*tiles, *(matmul(*pair) for pair in FORMATS), _fill, rms_norm, swiglu, attend("f16"), attend("f32"), attend("q8")]
     return "\n".join(text for function in compiled for text in function.inspect_asm().values())
 
 
