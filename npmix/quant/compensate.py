@@ -9,7 +9,7 @@ x[i] * x[j] over tokens, in blocks of 128 inputs, the groups that share a scale;
     a scale     inputs in order, a sub-block at a time. Each selector rounds the sub-block from the errors so far, every weight to the
                 value nearest to its target; the one of least D-weighted error stays. e[k] = w[k] - value, so errors add up with F once.
     scales      that of `round.py`'s search by least squares, times each of STEPS; the least error stays, the first of equals.
-    the end     codes and selectors are kept and the scale is multiplied by w' H w / w' H value, limited to BOUNDS: as in `round.py`,
+    the end     codes and selectors are kept and the scale is multiplied by w' H w / w' H value, within SCALE_BOUNDS: as in `round.py`,
                 least squares shrinks weights, all in the same direction.
 
 The method: GPTQ (Frantar et al., 2022, arXiv 2210.17323), with the factor of H itself in place of that of its inverse, and within blocks.
