@@ -9,11 +9,11 @@ written in order, so memory does not grow with the model. The pages of a tensor 
     f16       f16        f16                                    as it was    f32
     uniform   any        like the experts                      as it was    f32
 
-With an importance file (`store/importance.py`) an error of a weight counts as much as its input is large; formats without a search (q8, f16) are
-the same with and without.
+With an importance file (`store/importance.py`) an error of a weight counts as much as its input is large, and with second moments too
+(`store/moments.py`) later weights of a group make up for the errors of earlier ones; formats without a search (q8, f16) are the same with
+and without.
 """
 
-import hashlib
 import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -24,16 +24,26 @@ import numpy as np
 from .checkpoint import open_checkpoint
 from .config import Config
 from .errors import ConversionError, InputError
-from .formats import DENSE, PACKED, ROW_BLOCK, packed_bytes
-from .kernels import rounding
+from .formats import DENSE, MOMENTS, PACKED, ROW_BLOCK, packed_bytes
+from .kernels import compensate, rounding
 from .kernels._jit import DISABLED
 from .quant import round as plain
+from .quant.compensate import quantise_compensated
 from .quant.pack import dequantize, pack
 from .quant.tensor import Tensor
 from .store import Store, open_source, open_store
-from .store.importance import Importance
-from .store.layout import FORMAT, MANIFEST, TOKENIZER, VERSION, FilePlan, plan_digest, plan_store, tensor_table
+from .store.layout import (
+    FORMAT,
+    MANIFEST,
+    TOKENIZER,
+    VERSION,
+    FilePlan,
+    plan_digest,
+    plan_store,
+    tensor_table,
+)
 from .store.verify import is_finite, kind_of, verify_files, verify_finite, weigh
+from .store.weighting import Weighting
 from .store.writer import StoreWriter
 from .threads import default_threads
 
@@ -98,10 +108,11 @@ def as_float32(tensor: Tensor, first: int, last: int) -> np.ndarray:
     return np.require(dequantize(piece), requirements=["C", "A"])
 
 
-def round_piece(tensor: Tensor, first: int, last: int, format: str, group: int, importance: np.ndarray | None = None) -> np.ndarray:
+def round_piece(tensor: Tensor, first: int, last: int, format: str, group: int, importance=None, factored=None) -> np.ndarray:
     """Bytes of rows [first, last) in another format; raises BadWeights for weights that cannot be rounded.
 
-    importance: float32 (K,), how much an error counts in each input; None: all the same.
+    importance: float32 (K,), how much an error counts in each input; None: all the same. factored: with it, what
+    `quant.compensate.factors` gave; errors are then made up for.
     """
     w = as_float32(tensor, first, last)
     if format in DENSE:
@@ -109,10 +120,18 @@ def round_piece(tensor: Tensor, first: int, last: int, format: str, group: int, 
     if DISABLED:  # kernels would run as plain Python: the NumPy twin gives the same bytes
         problem = plain.status(w, format)
         if problem == plain.FINE:
-            return pack(*plain.quantise(w, format, group, importance), format, group)
+            rounded = (
+                plain.quantise(w, format, group, importance)
+                if factored is None
+                else quantise_compensated(w, format, group, importance, factored)
+            )
+            return pack(*rounded, format, group)
     else:
         out = np.empty(packed_bytes(format, *w.shape, group), np.uint8)
-        problem = rounding.round_rows(w, format, group, out, importance)
+        if factored is None:
+            problem = rounding.round_rows(w, format, group, out, importance)
+        else:
+            problem = compensate.round_rows_compensated(w, format, group, out, importance, factored)
         if problem == plain.FINE:
             return out
     if problem == plain.NOT_FINITE:
@@ -138,15 +157,15 @@ class _Rounder:
         self.threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="npmix-round")
 
-    def pieces(self, tensor: Tensor, format: str, group: int, importance: np.ndarray | None = None):
-        """Yield the bytes of a matrix, a row range at a time, at most 2 x threads of them in memory."""
+    def pieces(self, tensor: Tensor, *how):
+        """Yield the bytes of a matrix, a row range at a time, at most 2 x threads of them in memory; how: `round_piece`'s other arguments."""
         rows, cols = tensor.shape
         step = max(1, PIECE_WEIGHTS // (cols * ROW_BLOCK)) * ROW_BLOCK
         waiting: deque = deque()
         for first in range(0, rows, step):
             if len(waiting) >= 2 * self.threads:
                 yield waiting.popleft().result()
-            waiting.append(self._pool.submit(round_piece, tensor, first, min(first + step, rows), format, group, importance))
+            waiting.append(self._pool.submit(round_piece, tensor, first, min(first + step, rows), *how))
         while waiting:
             yield waiting.popleft().result()
 
@@ -162,17 +181,7 @@ def _as_it_is(tensor: Tensor) -> np.ndarray:
     return np.ascontiguousarray(tensor.data).reshape(-1).view(np.uint8)
 
 
-def column_weights(importance: Importance | None, name: str, config: Config) -> np.ndarray | None:
-    """Float32 (K,) with a mean of 1: how much an error counts in each input of a matrix; None: all the same.
-
-    A mean of 1 because the search sums in float32: activations of 1e-20 or 1e20 would leave its range.
-    """
-    tied = name == "tok_embeddings" and config.tied_embeddings
-    values = importance.of("output" if tied else name) if importance else None
-    return None if values is None else (values / values.mean(dtype=np.float64)).astype(np.float32)
-
-
-def _fill(file, plan: FilePlan, source, rounder: _Rounder, importance: Importance | None, report) -> None:
+def _fill(file, plan: FilePlan, source, rounder: _Rounder, weighting: Weighting, report) -> None:
     """Write the tensors of one file in the plan's order."""
     for slot in plan.slots:
         if not slot.format:
@@ -185,8 +194,11 @@ def _fill(file, plan: FilePlan, source, rounder: _Rounder, importance: Importanc
             elif len(slot.shape) == 1:
                 parts = [_narrow(dequantize(tensor), slot.format)]
             else:
-                weights = column_weights(importance, slot.name, source.config)
-                parts = rounder.pieces(tensor, slot.format, slot.group, weights)
+                searched = slot.format in PACKED and PACKED[slot.format].values
+                measured = [weighting.weights(slot.name)] if searched else []
+                if searched and slot.group == MOMENTS:
+                    measured.append(weighting.factors(slot.name, slot.shape[1]))
+                parts = rounder.pieces(tensor, slot.format, slot.group, *measured)
             for part in parts:
                 file.write(part)
                 report(part.nbytes, slot.name)
@@ -198,16 +210,26 @@ def _fill(file, plan: FilePlan, source, rounder: _Rounder, importance: Importanc
 
 
 def convert(
-    source, dst, quant: str = "q8", *, uniform=False, importance=None, requantize=False, force=False, threads=None, progress=None
+    source,
+    dst,
+    quant="q8",
+    *,
+    uniform=False,
+    importance=None,
+    second_moments=None,
+    requantize=False,
+    force=False,
+    threads=None,
+    progress=None,
 ) -> Path:
     """Write the packed store `dst` from a checkpoint; returns its path.
 
     source: a Hugging Face folder, or an object as `checkpoint` describes it; with requantize also a packed store, whose
     rounding errors then stay and the new ones come on top (a warning says so). uniform: every matrix like the
-    experts (for comparisons). importance: a file that `calibrate` made of this model. force: replace what npmix wrote to `dst` before. An
-    interrupted conversion goes on when the same call is made again. progress(done_bytes, total_bytes, tensor or file name).
-    Raises ConversionError (space, permission, bad weights, occupied folder), StoreError (locked), CheckpointError, ConfigError,
-    CalibrationError (an importance file that is damaged or of another model).
+    experts (for comparisons). importance, second_moments: files that one `calibrate` made of this model; the second needs the first. force:
+    replace what npmix wrote to `dst` before. An interrupted conversion goes on when the same call is made again.
+    progress(done_bytes, total_bytes, tensor or file name). Raises ConversionError (space, permission, bad weights, occupied folder),
+    StoreError (locked), CheckpointError, ConfigError, CalibrationError (a file of `calibrate` that is damaged or of another model).
     """
     recipe = make_recipe(quant, uniform)
     if threads is not None and threads < 1:
@@ -218,12 +240,9 @@ def convert(
     try:
         if own and isinstance(source, Store):
             _warn_of_both(source, recipe)
-        found = None
-        if importance is not None:
-            found = Importance.open(importance, source.config)
-            digest = hashlib.sha256(Path(importance).read_bytes()).hexdigest()
-            recipe["importance"] = {"sha256": digest, "text": found.about.get("text"), "tokens": found.tokens}
-        return _convert(source, Path(dst), recipe, force, threads or default_threads(), progress, found)
+        weighting = Weighting(importance, second_moments, source.config)
+        recipe |= weighting.about
+        return _convert(source, Path(dst), recipe, force, threads or default_threads(), progress, weighting)
     finally:
         if own:
             source.close()
@@ -257,14 +276,14 @@ def _warn_of_both(source: Store, recipe: dict) -> None:
         )
 
 
-def _convert(source, dst: Path, recipe: dict, force: bool, threads: int, progress, importance: Importance | None) -> Path:
+def _convert(source, dst: Path, recipe: dict, force: bool, threads: int, progress, weighting: Weighting) -> Path:
     config = source.config
     plan = plan_store(config, formats_of(source, recipe))
     fingerprint = source.fingerprint() if hasattr(source, "fingerprint") else ""
     origin = {"kind": source.kind, "name": Path(source.path).name, "fingerprint": fingerprint}
     if isinstance(source, Store):
         origin["recipe"] = source.manifest["recipe"]
-    settings = " ".join([fingerprint, *([recipe["importance"]["sha256"]] if importance else [])])
+    settings = " ".join([fingerprint, *(about["sha256"] for about in weighting.about.values())])
     total, done = sum(file.nbytes for file in plan), 0
 
     def report(nbytes, what):
@@ -282,7 +301,7 @@ def _convert(source, dst: Path, recipe: dict, force: bool, threads: int, progres
                     continue
                 before = done
                 try:
-                    writer.write_file(file_plan, lambda file, plan=file_plan: _fill(file, plan, source, rounder, importance, report))
+                    writer.write_file(file_plan, lambda file, plan=file_plan: _fill(file, plan, source, rounder, weighting, report))
                 except BadWeights:
                     writer.abandon()
                     raise

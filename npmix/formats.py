@@ -40,6 +40,12 @@ RATIOS = (0.7, 0.775, 0.85, 0.95, 1.05, 1.15, 1.275, 1.4)
 EXTREMES = (1.0, 0.985, 1.015, 1.03, 1.045, 1.06, 1.09, -0.97)
 REFITS = 2
 
+# Error-compensating rounding: what is added to the diagonal of second moments of mean 1, the scales tried, and the limits of the last step
+MOMENTS = 128  # inputs of a block of second moments; only a format whose scale is shared by as many is compensated
+DAMPING = 0.01
+STEPS = (0.94, 1.0, 1.06)
+SCALE_BOUNDS = (0.75, 1.34)
+
 DENSE = {"f32": 4, "f16": 2, "bf16": 2}  # bytes a weight
 
 

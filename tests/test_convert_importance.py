@@ -7,13 +7,14 @@ import pytest
 from make import TINY, tiny_hf
 
 from npmix.checkpoint.config_json import translate
-from npmix.convert import column_weights, convert
+from npmix.convert import convert
 from npmix.errors import CalibrationError, ConversionError
 from npmix.formats import PACKED
 from npmix.quant.pack import dequantize, pack
 from npmix.quant.round import quantise
 from npmix.store import open_source, open_store
 from npmix.store.importance import Importance, save_importance, shapes
+from npmix.store.weighting import column_weights
 
 CONFIG = translate(TINY)
 TOKENS = 1000

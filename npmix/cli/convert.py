@@ -19,11 +19,14 @@ QUANTS = ("q8", "q6", "q5", "q4", "q3", "q2", "f16")  # a test holds them to tho
 @click.option(
     "--importance", metavar="FILE", type=click.Path(path_type=Path), help="What npmix calibrate measured of SRC: it weights errors."
 )
+@click.option(
+    "--second-moments", metavar="FILE", type=click.Path(path_type=Path), help="Its other file: weights make up for errors before them."
+)
 @click.option("--requantize", is_flag=True, help="SRC may be a packed store: the errors of both roundings add up.")
 @click.option("--force", is_flag=True, help="Replace what npmix wrote to DST before.")
 @threads_option
 @click.option("--quiet", is_flag=True, help="No progress bar.")
-def convert(src, dst, quant, uniform, importance, requantize, force, threads, quiet):
+def convert(src, dst, quant, uniform, importance, second_moments, requantize, force, threads, quiet):
     """Pack a model's weights into 2 to 8 bits.
 
     SRC is a Hugging Face folder, DST the packed store to make. q8 packs every matrix into 8 bits; q6 to q2 pack the experts
@@ -36,8 +39,8 @@ def convert(src, dst, quant, uniform, importance, requantize, force, threads, qu
         bar = ProgressBar(quiet)
         try:
             conversion.convert(
-                src, dst, quant, uniform=uniform, importance=importance, requantize=requantize, force=force, threads=threads,
-                progress=lambda done, total, what: bar.update(done, total),
+                src, dst, quant, uniform=uniform, importance=importance, second_moments=second_moments, requantize=requantize,
+                force=force, threads=threads, progress=lambda done, total, what: bar.update(done, total),
             )  # fmt: skip
         except KeyboardInterrupt:
             bar.finish()

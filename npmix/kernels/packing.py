@@ -73,6 +73,31 @@ def nearest_of(name, codes):
 
 
 @functools.lru_cache(maxsize=None)
+def add_products(count):
+    """op(sums, errors, factors): adds to each of `count` vectors each of `count` errors times factors[error, sum] (rows of 128 float32)."""
+
+    def emit(b, sums, errors, factors):
+        vector_at = lambda base, i: b.add(base, const_i64(64 * i))
+        total = [load(b, vector_at(sums, k), vector("f32", 16)) for k in range(count)]
+        for i in range(count):
+            e = load(b, vector_at(errors, i), vector("f32", 16))
+            for k in range(count):
+                factor = splat(b, load(b, b.add(factors, const_i64(4 * (128 * i + k))), scalar("f32")))
+                total[k] = b.fadd(total[k], b.fmul(factor, e))
+        for k in range(count):
+            store(b, total[k], vector_at(sums, k))
+
+    def twin(sums, errors, factors):
+        total = peek(sums, np.float32, 16 * count).reshape(count, 16)
+        given = peek(errors, np.float32, 16 * count).reshape(count, 16)
+        table = peek(factors, np.float32, 128 * (count - 1) + count)
+        for i in range(count):
+            total += table[128 * i : 128 * i + count, None] * given[i]
+
+    return op(void, (i64, i64, i64), twin)(emit)
+
+
+@functools.lru_cache(maxsize=None)
 def pack_chunk(name):
     """op(codes, out): a chunk's codes, float32 in vectors of 16 rows, as the planes' lines."""
     spec = PACKED[name]

@@ -36,21 +36,21 @@ _LARGEST_HALF, _SMALLEST_HALF = np.float32(65504.0), np.float32(2.0**-24)
 _Q8_TOP, _Q8_EDGE = np.float32(127), np.float32(127.5)
 
 # Scratch memory in 64-byte vectors of 16 rows: the group's weights, its codes, its selectors, then the places named here
-_WEIGHTS, _CODES, _SELECTORS = 0, 64 * 128, 64 * 256
+WEIGHTS, CODES, SELECTORS = 0, 64 * 128, 64 * 256
 (
-    _LARGEST, _EXTREME, _SCALE, _TRY, _HALF,
+    LARGEST, EXTREME, SCALE, _TRY, _HALF,
     _ERROR, _PRODUCT, _NORM,
     _BEST_ERROR, _BEST_PRODUCT, _BEST_NORM,
     _SUB_ERROR, _SUB_PRODUCT, _SUB_NORM,
-) = range(_SELECTORS + 64 * 32, _SELECTORS + 64 * 46, 64)  # fmt: skip
-_SCRATCH_BYTES = _SELECTORS + 64 * 46
+) = range(SELECTORS + 64 * 32, SELECTORS + 64 * 46, 64)  # fmt: skip
+SCRATCH_BYTES = SELECTORS + 64 * 46
 
 
 # ---- one group of 16 rows ------------------------------------------------------------------------
 
 
 @njit
-def _half(scale, scratch):
+def half(scale, scratch):
     """`scale` rounded to float16s that are neither 0 nor infinite."""
     size = minimum(maximum(absolute(scale), splat_f32(_SMALLEST_HALF)), splat_f32(_LARGEST_HALF))
     store_f16(scratch + _HALF, copysign(size, scale))
@@ -58,9 +58,9 @@ def _half(scale, scratch):
 
 
 @njit
-def _load(w, rows, cols, row, col, group, scratch):
+def load_group(w, rows, cols, row, col, group, scratch):
     """w's 16 rows x group inputs, zeros outside, the largest |w| of each row, and that weight. Returns 0 if all are finite, else 1."""
-    x = scratch + _WEIGHTS
+    x = scratch + WEIGHTS
     for r in range(16):
         n = max(min(group, cols - col), 0) if row + r < rows else 0
         at = w + 4 * ((row + r) * cols + col)
@@ -75,28 +75,28 @@ def _load(w, rows, cols, row, col, group, scratch):
         none = add(none, sub(v, v))  # 0, or NaN once an infinity or a NaN was seen
         extreme = where_greater(absolute(v), largest, v, extreme)
         largest = maximum(absolute(v), largest)
-    store_f32(scratch + _LARGEST, largest)
-    store_f32(scratch + _EXTREME, extreme)
+    store_f32(scratch + LARGEST, largest)
+    store_f32(scratch + EXTREME, extreme)
     return 0 if sum_f32(none) == _ZERO else 1
 
 
 @njit
 def _round_q8(group, scratch):
     """The scale, one float16 step up where rounding would clip the largest weight, and the codes."""
-    largest = load_f32(scratch + _LARGEST)
-    scale = _half(div(largest, splat_f32(_Q8_TOP)), scratch)
+    largest = load_f32(scratch + LARGEST)
+    scale = half(div(largest, splat_f32(_Q8_TOP)), scratch)
     edge = mul(scale, splat_f32(_Q8_EDGE))  # below `largest` only for a subnormal float16, whose step is 2^-24
     scale = where_greater(largest, edge, add(scale, splat_f32(_SMALLEST_HALF)), scale)
-    store_f32(scratch + _SCALE, scale)
+    store_f32(scratch + SCALE, scale)
     inverse, low, high, zero = div(splat_f32(_ONE), scale), splat_f32(-_Q8_TOP), splat_f32(_Q8_TOP), splat_f32(np.float32(128))
     for k in range(group):
-        q = nearest(minimum(maximum(mul(load_f32(scratch + _WEIGHTS + 64 * k), inverse), low), high))
-        store_f32(scratch + _CODES + 64 * k, add(q, zero))
+        q = nearest(minimum(maximum(mul(load_f32(scratch + WEIGHTS + 64 * k), inverse), low), high))
+        store_f32(scratch + CODES + 64 * k, add(q, zero))
 
 
 @functools.lru_cache(maxsize=None)
 def _measurer(name):
-    """A kernel (group, importance, rows, scratch): error and sums under the scale at _TRY, each sub-block's best selector at _SELECTORS."""
+    """A kernel (group, importance, rows, scratch): error and sums under the scale at _TRY, each sub-block's best selector at SELECTORS."""
     spec, value = PACKED[name], nearest_of(name, False)
     multipliers, per, row_bytes = np.array(spec.multipliers, np.float32), spec.per, 4 * rows_table(name).shape[1]
 
@@ -123,7 +123,7 @@ def _measurer(name):
         scale = load_f32(scratch + _TRY)
         total, products, norms = splat_f32(_ZERO), splat_f32(_ZERO), splat_f32(_ZERO)
         for i in range(group // per):
-            x, v = scratch + _WEIGHTS + 64 * per * i, importance + 4 * per * i
+            x, v = scratch + WEIGHTS + 64 * per * i, importance + 4 * per * i
             error, product, norm = splat_f32(np.float32(np.inf)), splat_f32(_ZERO), splat_f32(_ZERO)
             selector = splat_f32(_ZERO)
             for s in range(len(multipliers)):
@@ -133,13 +133,55 @@ def _measurer(name):
                 product = where_greater(error, found, load_f32(scratch + _SUB_PRODUCT), product)
                 norm = where_greater(error, found, load_f32(scratch + _SUB_NORM), norm)
                 error = minimum(found, error)
-            store_f32(scratch + _SELECTORS + 64 * i, selector)
+            store_f32(scratch + SELECTORS + 64 * i, selector)
             total, products, norms = add(total, error), add(products, product), add(norms, norm)
         store_f32(scratch + _ERROR, total)
         store_f32(scratch + _PRODUCT, products)
         store_f32(scratch + _NORM, norms)
 
     return measure
+
+
+@functools.lru_cache(maxsize=None)
+def scale_finder(name):
+    """A kernel (group, importance, rows, scratch): the scale of least squares at SCALE, its sum(v w q) at _BEST_PRODUCT."""
+    spec, measure = PACKED[name], _measurer(name)
+    by_mean, least = spec.selector_bits > 0, np.float32(1 / spec.top)
+    unit, ratios = (np.float32(spec.unit), RATIOS) if by_mean else (np.float32(spec.row(0)[0]), EXTREMES)
+    ratios = np.array([unit * np.float32(ratio) for ratio in ratios], np.float32)
+
+    @njit
+    def consider(scale, group, importance, rows, scratch):
+        """Measure a scale and keep it if it is better than the best so far."""
+        store_f32(scratch + _TRY, scale)
+        measure(group, importance, rows, scratch)
+        old, new = load_f32(scratch + _BEST_ERROR), load_f32(scratch + _ERROR)
+        for kept, found in ((SCALE, _TRY), (_BEST_PRODUCT, _PRODUCT), (_BEST_NORM, _NORM)):
+            store_f32(scratch + kept, where_greater(old, new, load_f32(scratch + found), load_f32(scratch + kept)))
+        store_f32(scratch + _BEST_ERROR, minimum(new, old))
+
+    @njit
+    def find(group, importance, rows, scratch):
+        squares = splat_f32(_ZERO)
+        for k in range(group):
+            w = load_f32(scratch + WEIGHTS + 64 * k)
+            squares = add(squares, mul(w, w))
+        mean = root(mul(squares, splat_f32(_ONE / np.float32(group))))
+        store_f32(scratch + _BEST_ERROR, splat_f32(np.float32(np.inf)))
+        store_f32(scratch + SCALE, splat_f32(_ONE))  # what stays if every error is infinite
+        store_f32(scratch + _BEST_PRODUCT, splat_f32(_ZERO))
+        store_f32(scratch + _BEST_NORM, splat_f32(_ZERO))
+        for i in range(len(ratios)):
+            tried = mul(mean, splat_f32(ratios[i])) if by_mean else div(load_f32(scratch + EXTREME), splat_f32(ratios[i]))
+            consider(half(tried, scratch), group, importance, rows, scratch)
+        if by_mean:
+            consider(half(mul(load_f32(scratch + LARGEST), splat_f32(least)), scratch), group, importance, rows, scratch)
+        for _ in range(REFITS):
+            norm = load_f32(scratch + _BEST_NORM)
+            fitted = div(load_f32(scratch + _BEST_PRODUCT), where_greater(norm, splat_f32(_ZERO), norm, splat_f32(_ONE)))
+            consider(half(fitted, scratch), group, importance, rows, scratch)
+
+    return find
 
 
 @functools.lru_cache(maxsize=None)
@@ -153,37 +195,24 @@ def _rounder(name):
             _round_q8(group, scratch)
 
         return plain
-    measure, code, per, pad = _measurer(name), nearest_of(name, True), spec.per, np.float32(spec.pad)
+    measure, find, code, per, pad = _measurer(name), scale_finder(name), nearest_of(name, True), spec.per, np.float32(spec.pad)
     multipliers, row_bytes = np.array(spec.multipliers, np.float32), 4 * rows_table(name).shape[1]
-    by_mean, least = spec.selector_bits > 0, np.float32(1 / spec.top)
-    unit, ratios = (np.float32(spec.unit), RATIOS) if by_mean else (np.float32(spec.row(0)[0]), EXTREMES)
-    ratios = np.array([unit * np.float32(ratio) for ratio in ratios], np.float32)
-
-    @njit
-    def consider(scale, group, importance, rows, scratch):
-        """Measure a scale and keep it if it is better than the best so far."""
-        store_f32(scratch + _TRY, scale)
-        measure(group, importance, rows, scratch)
-        old, new = load_f32(scratch + _BEST_ERROR), load_f32(scratch + _ERROR)
-        for kept, found in ((_SCALE, _TRY), (_BEST_PRODUCT, _PRODUCT), (_BEST_NORM, _NORM)):
-            store_f32(scratch + kept, where_greater(old, new, load_f32(scratch + found), load_f32(scratch + kept)))
-        store_f32(scratch + _BEST_ERROR, minimum(new, old))
 
     @njit
     def write_codes(group, valid, rows, scratch):
         """Codes under the scale and the selectors in scratch; zeros have the padding's selector, inputs that do not exist its code."""
-        scale, zero = load_f32(scratch + _SCALE), splat_f32(_ZERO)
+        scale, zero = load_f32(scratch + SCALE), splat_f32(_ZERO)
         for i in range(group // per):
-            chosen = where_greater(load_f32(scratch + _LARGEST), zero, load_f32(scratch + _SELECTORS + 64 * i), zero)
-            store_f32(scratch + _SELECTORS + 64 * i, chosen)
+            chosen = where_greater(load_f32(scratch + LARGEST), zero, load_f32(scratch + SELECTORS + 64 * i), zero)
+            store_f32(scratch + SELECTORS + 64 * i, chosen)
             for k in range(per * i, per * i + per):
-                store_f32(scratch + _CODES + 64 * k, splat_f32(pad))
+                store_f32(scratch + CODES + 64 * k, splat_f32(pad))
             for s in range(len(multipliers)):
                 other = absolute(sub(chosen, splat_f32(np.float32(s))))
                 inverse = div(splat_f32(_ONE), mul(scale, splat_f32(multipliers[s])))
                 for k in range(per * i, min(per * i + per, valid)):
-                    found = code(mul(load_f32(scratch + _WEIGHTS + 64 * k), inverse), rows + row_bytes * s)
-                    at = scratch + _CODES + 64 * k
+                    found = code(mul(load_f32(scratch + WEIGHTS + 64 * k), inverse), rows + row_bytes * s)
+                    at = scratch + CODES + 64 * k
                     store_f32(at, where_greater(other, zero, load_f32(at), found))
 
     @njit
@@ -191,34 +220,17 @@ def _rounder(name):
         """sum(v w w) / sum(v w q) for the scale of least squares, where it is less than double that."""
         total, zero, product = splat_f32(_ZERO), splat_f32(_ZERO), load_f32(scratch + _BEST_PRODUCT)
         for k in range(group):
-            w = load_f32(scratch + _WEIGHTS + 64 * k)
+            w = load_f32(scratch + WEIGHTS + 64 * k)
             total = add(total, mul(mul(splat_f32(get_f32(importance + 4 * k)), w), w))
-        fair = _half(div(total, where_greater(product, zero, product, splat_f32(_ONE))), scratch)
-        scale = load_f32(scratch + _SCALE)
-        fair = where_greater(mul(splat_f32(np.float32(2)), scale), fair, fair, scale)
-        store_f32(scratch + _SCALE, where_greater(product, zero, fair, scale))
+        fair = half(div(total, where_greater(absolute(product), zero, product, splat_f32(_ONE))), scratch)
+        scale = load_f32(scratch + SCALE)
+        fair = where_greater(mul(splat_f32(np.float32(2)), absolute(scale)), absolute(fair), fair, scale)
+        store_f32(scratch + SCALE, where_greater(mul(product, scale), zero, fair, scale))
 
     @njit
     def search(group, valid, importance, rows, scratch):
-        squares = splat_f32(_ZERO)
-        for k in range(group):
-            w = load_f32(scratch + _WEIGHTS + 64 * k)
-            squares = add(squares, mul(w, w))
-        mean = root(mul(squares, splat_f32(_ONE / np.float32(group))))
-        store_f32(scratch + _BEST_ERROR, splat_f32(np.float32(np.inf)))
-        store_f32(scratch + _SCALE, splat_f32(_ONE))  # what stays if every error is infinite
-        store_f32(scratch + _BEST_PRODUCT, splat_f32(_ZERO))
-        store_f32(scratch + _BEST_NORM, splat_f32(_ZERO))
-        for i in range(len(ratios)):
-            tried = mul(mean, splat_f32(ratios[i])) if by_mean else div(load_f32(scratch + _EXTREME), splat_f32(ratios[i]))
-            consider(_half(tried, scratch), group, importance, rows, scratch)
-        if by_mean:
-            consider(_half(mul(load_f32(scratch + _LARGEST), splat_f32(least)), scratch), group, importance, rows, scratch)
-        for _ in range(REFITS):
-            norm = load_f32(scratch + _BEST_NORM)
-            fitted = div(load_f32(scratch + _BEST_PRODUCT), where_greater(norm, splat_f32(_ZERO), norm, splat_f32(_ONE)))
-            consider(_half(fitted, scratch), group, importance, rows, scratch)
-        store_f32(scratch + _TRY, load_f32(scratch + _SCALE))
+        find(group, importance, rows, scratch)
+        store_f32(scratch + _TRY, load_f32(scratch + SCALE))
         measure(group, importance, rows, scratch)
         write_codes(group, valid, rows, scratch)
         fair_scale(group, importance, scratch)
@@ -227,21 +239,29 @@ def _rounder(name):
 
 
 @functools.lru_cache(maxsize=None)
-def _row_blocks_kernel(name):
-    """An entry (w, rows, cols, group, importance, table, limit, first_codes, span_size, out, scratch): 0, 1 (not finite) or 2 (too large)."""
-    spec, round_group, write_codes = PACKED[name], _rounder(name), pack_chunk(name)
+def group_writer(name):
+    """A kernel (group, which, first_codes, span, scratch): the group's scales, codes and selectors from scratch into half a span."""
+    spec, write_codes = PACKED[name], pack_chunk(name)
     write_selectors = pack_selectors(name) if spec.selector_bits else write_codes
     per, bits, word, selector_bytes = spec.per if spec.selector_bits else 0, spec.bits, spec.word, 16 * spec.selector_bytes(spec.word)
 
     @njit
     def write(group, which, first_codes, span, scratch):
-        scale = load_f32(scratch + _SCALE)
-        store_f16(span + 32 * which, where_greater(load_f32(scratch + _LARGEST), splat_f32(_ZERO), scale, splat_f32(_ZERO)))
+        scale = load_f32(scratch + SCALE)
+        store_f16(span + 32 * which, where_greater(load_f32(scratch + LARGEST), splat_f32(_ZERO), scale, splat_f32(_ZERO)))
         for i in range(group // CHUNK):
-            write_codes(scratch + _CODES + 64 * CHUNK * i, span + first_codes + (which * group + CHUNK * i) * 2 * bits)
+            write_codes(scratch + CODES + 64 * CHUNK * i, span + first_codes + (which * group + CHUNK * i) * 2 * bits)
         if per:
             for i in range(group // word):
-                write_selectors(scratch + _SELECTORS + 64 * (word // per) * i, span + 64 + (which * (group // word) + i) * selector_bytes)
+                write_selectors(scratch + SELECTORS + 64 * (word // per) * i, span + 64 + (which * (group // word) + i) * selector_bytes)
+
+    return write
+
+
+@functools.lru_cache(maxsize=None)
+def _row_blocks_kernel(name):
+    """An entry (w, rows, cols, group, importance, table, limit, first_codes, span_size, out, scratch): 0, 1 (not finite) or 2 (too large)."""
+    round_group, write = _rounder(name), group_writer(name)
 
     @njit(entry=name)
     def round_row_blocks(w, rows, cols, group, importance, table, limit, first_codes, span_size, out, scratch):
@@ -251,9 +271,9 @@ def _row_blocks_kernel(name):
                 span = out + (block * per_row + s) * span_size
                 for which in range(2):
                     col = (2 * s + which) * group
-                    if _load(w, rows, cols, block * 16, col, group, scratch) != 0:
+                    if load_group(w, rows, cols, block * 16, col, group, scratch) != 0:
                         return 1
-                    if max_f32(load_f32(scratch + _LARGEST)) > limit:
+                    if max_f32(load_f32(scratch + LARGEST)) > limit:
                         return 2
                     round_group(group, max(0, min(group, cols - col)), importance + 4 * col, table, scratch)
                     write(group, which, first_codes, span, scratch)
@@ -275,7 +295,7 @@ def round_rows(w: np.ndarray, format: str, group: int, out: np.ndarray, importan
         raise ValueError(f"{format} of group {group}, or bytes that do not lie in a row")
     counts = np.zeros(width, np.float32)
     counts[:cols] = 1 if importance is None else importance
-    w, scratch = np.ascontiguousarray(w), np.zeros(_SCRATCH_BYTES, np.uint8)
+    w, scratch = np.ascontiguousarray(w), np.zeros(SCRATCH_BYTES, np.uint8)
     table = rows_table(format) if spec.values else scratch
     addresses = [a.__array_interface__["data"][0] for a in (w, counts, table, out, scratch)]
     largest = np.float32(65504.0 * spec.top)

@@ -40,7 +40,7 @@ def status(w: np.ndarray, format: str) -> int:
     return TOO_LARGE if w.size and np.abs(w).max() > largest(format) else FINE
 
 
-def _half(x: np.ndarray) -> np.ndarray:
+def half(x: np.ndarray) -> np.ndarray:
     """float32 rounded to a float16 that is neither zero nor infinite, as float32."""
     size = np.clip(np.abs(x), F(SMALLEST_HALF), F(LARGEST_HALF))
     return np.copysign(size, x).astype(np.float16).astype(F)
@@ -56,7 +56,7 @@ def _sum(terms: np.ndarray) -> np.ndarray:
 
 def _scale_q8(w: np.ndarray) -> np.ndarray:
     top = np.abs(w).max(-1)
-    scale = _half(top / F(127))
+    scale = half(top / F(127))
     clips = scale * F(127.5) < top
     up = np.nextafter(scale.astype(np.float16), np.float16(np.inf)).astype(F)
     return np.where(clips, up, scale)
@@ -81,7 +81,7 @@ def _measure(spec, scale: np.ndarray, x: np.ndarray, v: np.ndarray):
         q = np.array(row, F)[nearest(z, row)]
         miss = z - q
         found = [_sum(miss * miss * v) * (factor * factor), _sum(q * x * v) * m, _sum(q * q * v) * (m * m)]
-        found.append(np.full(factor.shape, s, np.uint8))
+        found.append(np.full(x.shape[:3], s, np.uint8))
         if least is None:
             least = found
         else:
@@ -90,19 +90,19 @@ def _measure(spec, scale: np.ndarray, x: np.ndarray, v: np.ndarray):
     return [_sum(part) for part in least[:3]] + [least[3]]
 
 
-def _search(spec, w: np.ndarray, v: np.ndarray):
-    """w, v (rows, groups, G) -> scales (rows, groups), selectors (rows, groups, sub-blocks), codes like w."""
+def find_scale(spec, w: np.ndarray, v: np.ndarray):
+    """w, v (rows, groups, G) -> scales of least squares and their sum(v w q) (rows, groups), selectors (rows, groups, sub-blocks)."""
     x, importance = (a.reshape(*a.shape[:2], -1, spec.per) for a in (w, v))
     mean, largest = np.sqrt(_sum(w * w) * (F(1) / F(w.shape[2]))), np.abs(w).max(-1)
     if spec.selector_bits:
-        tries = [_half(mean * (F(spec.unit) * F(ratio))) for ratio in RATIOS]
-        tries.append(_half(largest * F(1 / spec.top)))
+        tries = [half(mean * (F(spec.unit) * F(ratio))) for ratio in RATIOS]
+        tries.append(half(largest * F(1 / spec.top)))
     else:
         extreme = np.take_along_axis(w, np.abs(w).argmax(-1)[..., None], -1)[..., 0]
-        tries = [_half(extreme / (F(spec.row(0)[0]) * F(ratio))) for ratio in EXTREMES]
+        tries = [half(extreme / (F(spec.row(0)[0]) * F(ratio))) for ratio in EXTREMES]
     best = None
     for at in range(len(tries) + REFITS):
-        scale = tries[at] if at < len(tries) else _half(best[2] / np.where(best[3] > 0, best[3], F(1)))
+        scale = tries[at] if at < len(tries) else half(best[2] / np.where(best[3] > 0, best[3], F(1)))
         found = [scale, *_measure(spec, scale, x, importance)]
         if best is None:
             best = found
@@ -110,20 +110,29 @@ def _search(spec, w: np.ndarray, v: np.ndarray):
             better = found[1] < best[1]
             best = [np.where(better if new.ndim == 2 else better[..., None], new, old) for new, old in zip(found, best)]
     scale, _, product, _, selectors = best
-    selectors = np.where(largest[..., None] > 0, selectors, np.uint8(0))  # as in the padding
+    return scale, product, selectors
+
+
+def _search(spec, w: np.ndarray, v: np.ndarray):
+    """w, v (rows, groups, G) -> scales (rows, groups), selectors (rows, groups, sub-blocks), codes like w."""
+    scale, product, selectors = find_scale(spec, w, v)
+    x = w.reshape(*selectors.shape, spec.per)
+    selectors = np.where(np.abs(w).max(-1)[..., None] > 0, selectors, np.uint8(0))  # as in the padding
     codes = np.zeros(x.shape, np.uint8)
     for s, m in enumerate(spec.multipliers):
         chosen = nearest(x * (F(1) / (scale * F(m)))[..., None, None], spec.row(s))
         codes = np.where((selectors == s)[..., None], chosen, codes)
-    fair = _half(_sum(v * w * w) / np.where(product > 0, product, F(1)))
-    return np.where((product > 0) & (fair < F(2) * scale), fair, scale), selectors, codes.reshape(w.shape)
+    fair = half(_sum(v * w * w) / np.where(product != 0, product, F(1)))
+    return np.where((product * scale > 0) & (np.abs(fair) < F(2) * np.abs(scale)), fair, scale), selectors, codes.reshape(w.shape)
 
 
-def quantise(w: np.ndarray, format: str, group: int, importance: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def quantise(
+    w: np.ndarray, format: str, group: int, importance: np.ndarray | None = None, search=_search
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """float32 (N, K) -> codes uint8 (N, K), scales float16 (N, ceil(K / group)), selectors uint8 (N, ceil(K / per)) or (N, 0).
 
-    importance: float32 (K,), how much an error counts in each input; without it all count the same.
-    Raises ConversionError for NaN, infinity, or weights whose scale would overflow float16.
+    importance: float32 (K,), how much an error counts in each input; without it all count the same. search: what finds them for a
+    format with a table. Raises ConversionError for NaN, infinity, or weights whose scale would overflow float16.
     """
     problem = status(w, format)
     if problem:
@@ -137,7 +146,7 @@ def quantise(w: np.ndarray, format: str, group: int, importance: np.ndarray | No
     if spec.values:
         weight = np.zeros(groups * group, F)
         weight[:cols] = 1 if importance is None else importance
-        scale, selectors, codes = _search(spec, grouped, np.broadcast_to(weight.reshape(1, groups, group), grouped.shape))
+        scale, selectors, codes = search(spec, grouped, np.broadcast_to(weight.reshape(1, groups, group), grouped.shape))
         selectors = selectors.reshape(rows, -1)[:, : -(-cols // spec.per)].astype(np.uint8)
     else:
         scale, selectors = _scale_q8(grouped), np.zeros((rows, 0), np.uint8)
