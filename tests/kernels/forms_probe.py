@@ -54,7 +54,7 @@ def kernels() -> dict[str, np.ndarray]:
     results["swiglu"] = out.array.copy()
     rope(row.at, other.at, 100, F(0.3), out.at)
     results["rope"] = out.array[:200].copy()
-    codes = Memory(256 + 2 * 4 + 8 * 4, np.uint8)
+    codes = Memory(256 + 8 * (4 + 4), np.uint8)
     quantise_row(row.at, 256, 32, codes.at)
     results["quantised"] = codes.array.copy()
     experts, results["router"] = choice(rng.standard_normal(8), 3)

@@ -11,8 +11,8 @@ from kernel_tools import Memory, memory
 from npmix.errors import ConfigError
 from npmix.kernels import cpu
 from npmix.kernels._jit import njit
-from npmix.kernels.dot import START, emit_dot4, emit_dot_start, emit_splat4
-from npmix.kernels.simd import const_i64, i64, load, op, store, vector, void
+from npmix.kernels.dot import FLOAT, START, emit_dot4, emit_dot_start, emit_less, emit_scaled, emit_splat4
+from npmix.kernels.simd import const_i64, emit_load_f16, i64, load, op, store, vector, void
 
 COUNT = 2000
 EDGES = [0, 1, 15, 127, 128, 129, 254, 255]
@@ -59,7 +59,7 @@ def dots(form, monkeypatch):
 @pytest.mark.compiled
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_plain_integers(form, monkeypatch):
-    """acc + sum of (code - 128) * input over 16 inputs, for random and edge codes and inputs, in each lane, exactly."""
+    """FLOAT + acc + sum of (code - 128) * input over 16 inputs, for random and edge codes and inputs, in each lane, exactly."""
     rng = np.random.default_rng(128)
     codes = rng.integers(0, 256, (COUNT, 4, 16, 4)).astype(np.uint8)
     codes[: COUNT // 2] = rng.choice(EDGES, (COUNT // 2, 4, 16, 4))
@@ -70,12 +70,44 @@ def test_every_form_gives_the_plain_integers(form, monkeypatch):
     codes[2], x[2] = 255, 127
     codes[3], x[3] = 255, -127
     acc = rng.integers(-(2**24), 2**24, (COUNT, 16)).astype(np.int32)
-    total = START * x.astype(np.int32).sum((1, 2), dtype=np.int32)
+    total = FLOAT + START * x.astype(np.int32).sum((1, 2), dtype=np.int32)
     places = [memory(a) for a in (total, acc, codes, x)]
     out = Memory((COUNT, 16), np.int32)
     dots(form, monkeypatch)(COUNT, *(place.at for place in places), out.at)
-    exact = acc + np.einsum("nirj,nij->nr", codes.astype(np.int64) - 128, x.astype(np.int64))
+    exact = FLOAT + acc + np.einsum("nirj,nij->nr", codes.astype(np.int64) - 128, x.astype(np.int64))
     assert (out.array == exact).all() and out.intact()
+
+
+def scaled():
+    """A compiled loop: an accumulator's integer times a float16 scale."""
+
+    def emit(builder, acc, scale, out):
+        wide = emit_load_f16(builder, scale)
+        store(builder, emit_scaled(builder, load(builder, acc, vector("i32", 16)), wide, emit_less(builder, wide)), out)
+
+    one = op(void, (i64,) * 3, None)(emit)
+
+    @njit
+    def run(count, acc, scale, out):
+        for i in range(count):
+            one(acc + 64 * i, scale + 32 * i, out + 64 * i)
+
+    return run
+
+
+@pytest.mark.compiled
+def test_scaled_integers_are_rounded_once():
+    """float32(integer * scale), for integers up to those of the largest group (128 products of 127 * 127) and below 2^22, and any
+    float16 scale, the largest, the smallest and negative ones included."""
+    rng, largest = np.random.default_rng(7), 128 * 127 * 127
+    whole = rng.integers(-(2**22) + 1, 2**22, (COUNT, 16), dtype=np.int32)
+    whole[::2] = rng.choice([0, 1, -1, largest, -largest, 2**22 - 1, 1 - 2**22], (COUNT // 2, 16))
+    scale = (rng.standard_normal((COUNT, 16)) * 10.0 ** rng.integers(-7, 4, (COUNT, 16))).astype(np.float16)
+    scale[:3], scale[3:6], scale[6:9] = 65504, -65504, 6e-8
+    acc, halves, out = memory((FLOAT + whole).astype(np.int32)), memory(scale), Memory((COUNT, 16), np.float32)
+    scaled()(COUNT, acc.at, halves.at, out.at)
+    exact = whole.astype(np.float64) * scale.astype(np.float64)  # 22 and 11 bits: exact
+    assert (out.array == exact.astype(np.float32)).all() and out.intact()
 
 
 def test_the_form_follows_the_features(monkeypatch):

@@ -16,9 +16,10 @@ KERNELS = ROOT / "npmix" / "kernels"
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """A cache root of this test's own; its folder is chosen anew."""
+    """A cache root of this test's own; its folder is chosen anew, and tiles that other tests made are not asked for."""
     root = tmp_path / "cache"
     monkeypatch.setenv("NPMIX_CACHE_DIR", str(root))
+    monkeypatch.setattr(_jit, "_before_load", [])
     _jit.cache_dir.cache_clear()
     yield root
     _jit.cache_dir.cache_clear()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from kernel_tools import Memory, memory, same_bits
 
-from npmix.formats import DENSE, GROUPS, PACKED, SHARED
+from npmix.formats import DENSE, GROUPS, PACKED
 from npmix.kernels._jit import njit
 from npmix.kernels.matmul import act_bytes, matmul, n_tiles, panel_bytes
 from npmix.kernels.phases import matmul_by_slot
@@ -32,7 +32,7 @@ def _fill(x, x_bytes, cols, group, tokens, row, acts):
 
 def bytes_of(cols, group):
     width = -(-cols // (2 * group)) * 2 * group if group else 0
-    return width + 4 * -(-width // SHARED) + 4 * (width // group) if group else -(-cols // 16) * 64
+    return width + 8 * (width // group) if group else -(-cols // 16) * 64
 
 
 def activations(x, group):
@@ -84,10 +84,10 @@ def test_matmul_is_weights_times_inputs(name, group):
     alone = np.concatenate([product(kernel, tensor, x[t : t + 1], 0, -(-rows // 16))[:, :rows] for t in range(len(x))])
     step = 0.0
     if group:
-        padded = np.zeros((len(x), -(-cols // SHARED) * SHARED))
+        padded = np.zeros((len(x), -(-cols // group) * group))
         padded[:, :cols] = x
-        scale = np.abs(padded.reshape(len(x), -1, SHARED)).max(2) / 127
-        step = (np.repeat(scale, SHARED, axis=1)[:, None, :cols] * np.abs(w)[None]).sum(2) / 2
+        scale = np.abs(padded.reshape(len(x), -1, group)).max(2) / 127
+        step = (np.repeat(scale, group, axis=1)[:, None, :cols] * np.abs(w)[None]).sum(2) / 2
     bound = step + 1e-6 * (np.abs(x) @ np.abs(w).T) + 1e-6
     assert (np.abs(alone - x @ w.T) <= bound).all()
     if group:  # and far better than the worst case: errors of rounding are independent
@@ -141,7 +141,7 @@ def test_slots_choose_the_format():
 
 
 def test_bytes_of_activations():
-    """A packed token is its codes, padded to whole pairs of groups, a scale per SHARED and a start per group; a dense one float32."""
+    """A packed token is its codes, padded to whole pairs of groups, a scale and a start per group; a dense one float32."""
     for cols in (1, 16, 63, 64, 65, 256, 300, 14336):
         for group in (0, *GROUPS):
             assert act_bytes(cols, group) == bytes_of(cols, group)

@@ -10,7 +10,7 @@ import llvmlite.binding as llvm
 import pytest
 from kernel_tools import ROOT, child
 
-from npmix.formats import PACKED, SHARED
+from npmix.formats import PACKED
 from npmix.kernels import cpu
 
 PROBE = """
@@ -51,12 +51,11 @@ def tiles(tmp_path_factory):
 
 @pytest.mark.parametrize("name", TILES)
 def test_the_loop_is_made_of_dots(tiles, name):
-    """16 products each, exactly as many `sdot` as the products of the loop: of a run of inputs for one token, else of a group."""
+    """16 products each, exactly as many `sdot` as the products of the loop, a group's."""
     text, body, _ = tiles[name]
     _, group, blocks, height = (int(x) if x.isdigit() else x for x in name.split())
-    inputs = SHARED if blocks * height <= 2 else group
     dots = [line for line in body if line.startswith("sdot")]
-    assert len(dots) == inputs * 16 * blocks * height // 16
+    assert len(dots) == group * 16 * blocks * height // 16
     assert all(re.fullmatch(r"sdot\s+v\d+\.4s, v\d+\.16b, v\d+\.(?:16b|4b\[\d\])", line) for line in dots)
 
 

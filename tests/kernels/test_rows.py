@@ -5,9 +5,9 @@ import pytest
 from kernel_tools import Memory, memory, same_bits, ulps
 from test_matmul import bytes_of
 
-from npmix.formats import DENSE, GROUPS, PACKED, SHARED, packed_bytes
-from npmix.kernels.dot import START
-from npmix.kernels.rows import cache_write, embedder, put_in_tile, quantise_row, quantise_shared, rms_norm, rope, swiglu
+from npmix.formats import DENSE, GROUPS, PACKED, packed_bytes
+from npmix.kernels.dot import FLOAT, START
+from npmix.kernels.rows import cache_write, embedder, put_in_tile, quantise_group, quantise_row, rms_norm, rope, swiglu
 from npmix.kernels.simd import twin_fma, twin_reduce_add
 from npmix.quant.pack import dequantize, pack
 from npmix.quant.round import quantise
@@ -33,32 +33,29 @@ def edge_groups(group, seed):
     return x
 
 
-def quantised(x, group):
-    """What `quantise_shared` says inputs that share a scale are: codes, scale, the start of each group."""
+def quantised(x):
+    """What `quantise_group` says inputs that share a scale are: codes, scale, start."""
     largest = np.abs(x).max()
     tiny = largest < F(1e-30)
     codes = np.zeros(x.size, np.int8) if tiny else np.rint(x * (F(127) / largest)).astype(np.int8)
-    return codes, F(0) if tiny else largest / F(127), START * codes.reshape(-1, group).sum(1, dtype=np.int32)
+    return codes, F(0) if tiny else largest / F(127), FLOAT + START * codes.sum(dtype=np.int32)
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_quantised_inputs(group):
-    """codes = nearest even(x * (127 / max|x|)) within -127..127, scale = max|x| / 127, the starts START * sum of a group's codes:
+    """codes = nearest even(x * (127 / max|x|)) within -127..127, scale = max|x| / 127, the start FLOAT + START * the sum of the codes:
     exactly; inputs below 1e-30 are 0. Words of four codes land their distance apart and nothing else is written."""
-    for count in range(group, SHARED + 1, group):
-        for x in edge_groups(count, count):
-            given = memory(x)
-            for word_bytes in (4, 24):
-                codes, scale = Memory((count // 4, word_bytes), np.int8, fill=99), Memory(1, F)
-                starts = Memory((count // group, 2), np.int32, fill=99)
-                quantise_shared(given.at, count, group, codes.at, word_bytes, scale.at, starts.at, 8)
-                expected = quantised(x, group)
-                assert (codes.array[:, :4].ravel() == expected[0]).all() and (codes.array[:, 4:] == 99).all()
-                assert same_bits(scale.array[0], expected[1])
-                assert (starts.array[:, 0] == expected[2]).all() and (starts.array[:, 1] == 99).all()
-                assert np.abs(codes.array[:, :4].astype(int)).max() <= 127
-                assert codes.intact() and scale.intact() and starts.intact()
-                assert np.abs(x - codes.array[:, :4].ravel() * scale.array.astype(np.float64)).max() <= 0.5001 * scale.array[0] + 1e-30
+    for x in edge_groups(group, group):
+        given = memory(x)
+        for word_bytes in (4, 24):
+            codes, scale, start = Memory((group // 4, word_bytes), np.int8, fill=99), Memory(1, F), Memory(1, np.int32)
+            quantise_group(given.at, group, codes.at, word_bytes, scale.at, start.at)
+            expected = quantised(x)
+            assert (codes.array[:, :4].ravel() == expected[0]).all() and (codes.array[:, 4:] == 99).all()
+            assert same_bits(scale.array[0], expected[1]) and start.array[0] == expected[2]
+            assert np.abs(codes.array[:, :4].astype(int)).max() <= 127
+            assert codes.intact() and scale.intact() and start.intact()
+            assert np.abs(x - codes.array[:, :4].ravel() * scale.array.astype(np.float64)).max() <= 0.5001 * scale.array[0] + 1e-30
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -67,25 +64,25 @@ def test_inputs_that_are_not_finite_show():
     for bad in (np.nan, np.inf, -np.inf):
         for base in (0.0, 1.0, 1e-35):
             for at in (0, 5, 31, 127):
-                x = np.full(SHARED, base, F)
+                x = np.full(128, base, F)
                 x[at] = bad
-                given, codes, scale, starts = memory(x), Memory(SHARED, np.int8), Memory(1, F), Memory(4, np.int32)
-                quantise_shared(given.at, SHARED, 32, codes.at, 4, scale.at, starts.at, 4)
-                assert np.isnan(scale.array[0]) and codes.intact() and starts.intact()
+                given, codes, scale, start = memory(x), Memory(128, np.int8), Memory(1, F), Memory(1, np.int32)
+                quantise_group(given.at, 128, codes.at, 4, scale.at, start.at)
+                assert np.isnan(scale.array[0]) and codes.intact() and start.intact()
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_quantised_row(group):
-    """A row is its runs of SHARED inputs: all codes, then all scales, then all starts; inputs past the row are zeros of the padded row."""
+    """A row is its groups: all codes, then all scales, then all starts; inputs past the row are zeros of the padded row."""
     for cols in (1, 32, 100, 2 * group, 4 * group + 1):
         width = -(-cols // (2 * group)) * 2 * group
         x = np.zeros(-(-width // 256) * 256, F)
         x[:cols] = np.random.default_rng(cols).standard_normal(cols)
         given, out = memory(x), Memory(bytes_of(cols, group), np.uint8)
         quantise_row(given.at, cols, group, out.at)
-        expected = [quantised(x[k : min(k + SHARED, width)], group) for k in range(0, width, SHARED)]
+        expected = [quantised(x[k : k + group]) for k in range(0, width, group)]
         codes, scales, starts = zip(*expected)
-        parts = [np.concatenate(codes), np.array(scales, F), np.concatenate(starts)]
+        parts = [np.concatenate(codes), np.array(scales, F), np.array(starts, np.int32)]
         assert out.array.tobytes() == b"".join(p.tobytes() for p in parts) and out.intact()
 
 
