@@ -45,10 +45,13 @@ def test_a_format_is_sound(name):
         return
     rows = meanings(name)
     assert all(len(set(row)) == len(row) == 1 << spec.bits and list(row) in (sorted(row), sorted(row, reverse=True)) for row in rows)
-    assert max(abs(x) for row in rows for x in row) == spec.top <= 127 and spec.unit > 0
+    assert max(abs(x) for row in rows for x in row) == spec.top <= 127
     assert len(rows) << spec.bits <= 128  # of one instruction
-    if spec.per:
-        assert len(rows) == 1 << spec.selector_bits and spec.group % spec.per == 0 and spec.per % 4 == 0 and CHUNK % spec.per == 0
+    assert len(rows) == 1 << spec.selector_bits and spec.group % spec.per == 0 and spec.per % 4 == 0 and CHUNK % spec.per == 0
+    if not spec.selector_bits:  # scales of least squares alone: any group, and none of the sizes that selectors need
+        assert spec.groups == GROUPS and spec.selector_bytes(spec.word) == 0 and codes_at(name, spec.group) == 64
+    else:
+        assert spec.groups == (spec.group,) and spec.unit > 0
         assert spec.group % spec.word == 0 and spec.word // spec.per * spec.selector_bits in (8, 16, 24, 32)
         assert span_bytes(name, spec.group) * 8 == 16 * (32 + 2 * spec.group * spec.bits + 2 * spec.group // spec.per * spec.selector_bits)
 
