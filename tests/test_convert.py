@@ -28,12 +28,12 @@ def content(folder):
     [
         ({"quant": "q8"}, ("q8", 32), ("q8", 32)),
         ({"quant": "q8", "uniform": True}, ("q8", 32), ("q8", 32)),
-        *(({"quant": quant}, (quant, 128), ("q8", 128)) for quant in PACKED if quant != "q8"),
-        *(({"quant": quant, "uniform": True}, (quant, 128), (quant, 128)) for quant in PACKED if quant != "q8"),
+        *(({"quant": name}, (name, spec.group), ("q8", 128)) for name, spec in PACKED.items() if name != "q8"),
+        *(({"quant": name, "uniform": True}, (name, spec.group), (name, spec.group)) for name, spec in PACKED.items() if name != "q8"),
     ],
 )
 def test_recipes(tmp_path, options, experts, others):
-    """Which tensor gets which format; the router keeps the source's, norms become float32."""
+    """Which tensor gets which format, in the format's own group (q8 alone in finer ones); the router keeps the source's, norms become float32."""
     with open_store(convert(tiny_hf(tmp_path / "hf"), tmp_path / "store", **options)) as store:
         for name in store.names():
             tensor = store.tensor(name)

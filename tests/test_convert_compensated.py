@@ -9,6 +9,7 @@ from test_convert_importance import CONFIG, TOKENS, content, importance_file
 
 from npmix.convert import convert
 from npmix.errors import CalibrationError, ConversionError, InputError
+from npmix.formats import MOMENTS, PACKED
 from npmix.quant.compensate import factors, quantise_compensated
 from npmix.quant.pack import dequantize, pack
 from npmix.store import open_source, open_store
@@ -58,6 +59,14 @@ def test_every_expert_is_rounded_by_its_own_moments(tmp_path, files):
             )
             assert after < 0.7 * before, name
         assert (a.tensor("layers.0.wq").data == b.tensor("layers.0.wq").data).all()
+
+
+@pytest.mark.parametrize("quant", [name for name, spec in PACKED.items() if spec.group != MOMENTS or not spec.values])
+def test_formats_of_other_groups_take_importance_alone(tmp_path, files, quant):
+    """Where no whole block of moments shares a scale, or nothing is searched, second moments change no byte of the weights."""
+    hf = tiny_hf(tmp_path / "hf")
+    weighted = convert(hf, tmp_path / "a", quant, importance=files["importance"])
+    assert content(convert(hf, tmp_path / "b", quant, **files)) == content(weighted)
 
 
 def test_experts_seldom_chosen_take_after_the_others(tmp_path):
