@@ -10,8 +10,8 @@ written in order, so memory does not grow with the model. The pages of a tensor 
     uniform   any        like the experts                      as it was    f32
 
 With an importance file (`store/importance.py`) an error of a weight counts as much as its input is large, and with second moments too
-(`store/moments.py`) later weights of a group make up for the errors of earlier ones; formats without a search (q8, f16) are the same with
-and without.
+(`store/moments.py`) later weights of a group make up for the errors of earlier ones, in formats with groups of 128 (q2, q3, q4). Formats
+without a search (q8, f16) are the same with and without.
 """
 
 import warnings

@@ -36,7 +36,7 @@ def _status(field: str) -> int | None:
 
 
 def weight_formats(source) -> str:
-    """The weight formats of the matrices, the largest share first: "q4 group 64 (91 %), q8 group 64 (9 %)"."""
+    """The weight formats of the matrices, the largest share first: "q4 group 128 (97 %), q8 group 128 (3 %)"."""
     sums: dict[str, int] = {}
     for name in source.names():
         tensor = source.tensor(name)

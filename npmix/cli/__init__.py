@@ -18,7 +18,7 @@ from .interrupts import INTERRUPTED
 # name -> (module, function, the line in `npmix --help`); a test holds the line to the command's own help
 COMMANDS = {
     "run": ("run", "run", "Print the text that a model continues or answers a prompt with."),
-    "convert": ("convert", "convert", "Pack a model's weights into 8 or 4 bits."),
+    "convert": ("convert", "convert", "Pack a model's weights into 2 to 8 bits."),
     "calibrate": ("calibrate", "calibrate", "Measure on a text which inputs of a model's matrices are large."),
     "verify": ("convert", "verify", "Check a packed store against its digests."),
     "info": ("info", "info", "Show a model's config, weights by kind and sizes."),

@@ -17,8 +17,8 @@ The manifest is one JSON object:
     is_instruct  whether the source was tuned to chat
     tokenizer    "tokenizer.model" or null
     tensors      our name -> {"file", "format", "group", "shape"}; exactly the names and shapes of
-                 Config.tensor_shapes(). format: f32, f16, bf16 (group 0) or a packed one with
-                 its group of inputs (`formats.PACKED`)
+                 Config.tensor_shapes(). format: f32, f16, bf16 (group 0) or a packed one
+                 (`formats.PACKED`) with the inputs that share a scale, one of its `groups`
     files        file name -> {"bytes", "sha256"} of every file but the manifest
 
 Each .safetensors file is an ordinary one, which any safetensors reader opens:
