@@ -20,7 +20,10 @@ QUANTS = ("q8", "q6", "q5", "q4", "q3", "q2", "f16")  # a test holds them to tho
     "--importance", metavar="FILE", type=click.Path(path_type=Path), help="What npmix calibrate measured of SRC: it weights errors."
 )
 @click.option(
-    "--second-moments", metavar="FILE", type=click.Path(path_type=Path), help="Its other file: weights make up for errors before them (q2 to q4)."
+    "--second-moments",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Its other file: weights make up for errors before them (q2 to q4).",
 )
 @click.option("--requantize", is_flag=True, help="SRC may be a packed store: the errors of both roundings add up.")
 @click.option("--force", is_flag=True, help="Replace what npmix wrote to DST before.")
