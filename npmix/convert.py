@@ -5,7 +5,8 @@ written in order, so memory does not grow with the model. The pages of a tensor 
 
     recipe    experts    wq wk wv wo, tok_embeddings, output    router       norms
     q8        q8         q8 group 32                            as it was    f32
-    q6 .. q2  q6 .. q2   q8 group 128                          as it was    f32
+    q6, q5    q6, q5     q8 group 32                           as it was    f32
+    q4 .. q2  q4 .. q2   q8 group 128                          as it was    f32
     f16       f16        f16                                    as it was    f32
     uniform   any        like the experts                      as it was    f32
 
@@ -67,7 +68,8 @@ def make_recipe(quant: str, uniform: bool = False) -> dict:
     if quant == "f16":
         return {"name": quant, "experts": ["f16", 0], "matrices": ["f16", 0]}
     experts = [quant, 32 if quant == "q8" else PACKED[quant].group]
-    matrices = experts if uniform or quant == "q8" else ["q8", PACKED["q8"].group]
+    fine = quant in ("q8", "q6", "q5")  # what costs little beside their experts would show beside so small an error
+    matrices = experts if uniform else ["q8", 32 if fine else PACKED["q8"].group]
     return {"name": f"uniform {quant}" if uniform else quant, "experts": experts, "matrices": matrices}
 
 
