@@ -28,12 +28,14 @@ def content(folder):
     [
         ({"quant": "q8"}, ("q8", 32), ("q8", 32)),
         ({"quant": "q8", "uniform": True}, ("q8", 32), ("q8", 32)),
-        *(({"quant": name}, (name, spec.group), ("q8", 128)) for name, spec in PACKED.items() if name != "q8"),
+        *(({"quant": name}, (name, PACKED[name].group), ("q8", 32)) for name in ("q6", "q5")),
+        *(({"quant": name}, (name, PACKED[name].group), ("q8", 128)) for name in ("q4", "q3", "q2")),
         *(({"quant": name, "uniform": True}, (name, spec.group), (name, spec.group)) for name, spec in PACKED.items() if name != "q8"),
     ],
 )
 def test_recipes(tmp_path, options, experts, others):
-    """Which tensor gets which format, in the format's own group (q8 alone in finer ones); the router keeps the source's, norms become float32."""
+    """Which tensor gets which format, in its own group but for q8, whose groups are finer beside 5 bits and more;
+    the router keeps the source's, norms become float32."""
     with open_store(convert(tiny_hf(tmp_path / "hf"), tmp_path / "store", **options)) as store:
         for name in store.names():
             tensor = store.tensor(name)
