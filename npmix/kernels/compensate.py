@@ -231,7 +231,7 @@ def round_rows_compensated(w: np.ndarray, format: str, group: int, out: np.ndarr
     span_size, spec, blocks = span_bytes(format, group), PACKED[format], -(-cols // MOMENTS)
     if w.dtype != np.float32 or out.dtype != np.uint8 or out.size != row_blocks(rows) * spans(cols, group) * span_size:
         raise ValueError(f"{w.dtype} {w.shape} into {out.size} bytes of {format}")
-    if not out.flags.c_contiguous or group != MOMENTS or not spec.values:
+    if not out.flags.c_contiguous or not group == spec.group == MOMENTS or not spec.values:
         raise ValueError(f"{format} of group {group}, or bytes that do not lie in a row")
     if [a.shape for a in factored] != [(blocks, MOMENTS, MOMENTS), (blocks, MOMENTS)] or importance.shape != (cols,):
         raise ValueError(f"factors {[a.shape for a in factored]} and importance {importance.shape} of a matrix with {cols} inputs")

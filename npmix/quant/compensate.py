@@ -136,6 +136,6 @@ def quantise_compensated(
         codes, selectors = np.where(something, codes, np.uint8(spec.pad)), np.where(something, selectors, np.uint8(0))
         return _fair(scale, grouped, missed, feedback, weights), selectors, codes
 
-    if not PACKED[format].values or group != MOMENTS:
+    if not PACKED[format].values or not group == PACKED[format].group == MOMENTS:
         raise ValueError(f"{format} of group {group}")
     return quantise(w, format, group, importance, search)
