@@ -141,6 +141,7 @@ def test_an_expert_nobody_chose(tmp_path):
         assert np.allclose(found.of(f"layers.0.experts.3.{kind}"), every, rtol=1e-6)
 
 
+@pytest.mark.compiled
 def test_threads_and_chunks_change_no_bit(model, tmp_path, monkeypatch):
     """One thread or two, chunks of 512 tokens or of 7: the importance file is the same, byte for byte."""
     for i, (threads, chunk) in enumerate(((1, 512), (2, 512), (2, 7), (1, 1))):
@@ -149,6 +150,7 @@ def test_threads_and_chunks_change_no_bit(model, tmp_path, monkeypatch):
     assert len({(tmp_path / str(i)).read_bytes() for i in range(4)}) == 1 and len(list(tmp_path.iterdir())) == 4
 
 
+@pytest.mark.compiled
 def test_observing_changes_no_bit_of_the_logits(model):
     """Logits are the same, ==, whether a layer's inputs are kept or not; so are those of one layer after the other."""
     ids = np.arange(3, 33, dtype=np.int32)
@@ -227,6 +229,7 @@ def test_going_on_skips_what_is_done(model, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["i"]
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("change", ["text", "tokens", "window", "model", "moments"])
 def test_goes_on_with_the_same_only(model, tmp_path, change):
     """What another model, text or other settings left is refused, by name, and kept; with force it is replaced."""

@@ -106,6 +106,7 @@ def test_the_manifest_names_both_files(tmp_path, files):
         assert recipe[kind] == {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "text": "t", "tokens": TOKENS}
 
 
+@pytest.mark.compiled
 def test_an_interrupted_conversion_goes_on_only_with_the_same_moments(tmp_path, files):
     """Other moments, or none, are refused; the same ones go on and give the bytes of an uninterrupted run."""
     hf, only = tiny_hf(tmp_path / "hf"), {"importance": files["importance"]}
@@ -163,6 +164,7 @@ def test_moments_that_cannot_be_stop_the_conversion(tmp_path):
         convert(tiny_hf(tmp_path / "hf"), tmp_path / "a", "q4", **files)
 
 
+@pytest.mark.compiled
 def test_the_command_takes_both_files(tmp_path, files):
     """`npmix convert --second-moments` gives the same bytes as the call; a wrong file is one line on stderr, exit code 1."""
     from click.testing import CliRunner

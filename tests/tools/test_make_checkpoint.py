@@ -50,6 +50,7 @@ def test_huggingface_folder_holds_the_source(tmp_path, source):
             assert np.array_equal(dequantize(found.tensor(name)), dequantize(source.tensor(name))), name
 
 
+@pytest.mark.compiled
 def test_store_verifies_and_routing_is_near_uniform(tmp_path, capsys):
     """The command makes a store whose digests hold, and prints a histogram in which no expert is starved or favoured."""
     tool.main([str(tmp_path / "q4"), *OPTIONS, "--quant", "q4", "--tokens", "200"])
