@@ -12,15 +12,13 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from json_lines import PeerError, Process
+
 from npmix.benchmark import token_ids
 
 WORKER = Path(__file__).resolve().parent / "llamacpp_worker.py"
 WRITER = Path(__file__).resolve().parent / "llamacpp_gguf.py"
 UBATCHES = (128, 256, 1024, 2048)
-
-
-class PeerError(RuntimeError):
-    """llama.cpp is not there, or failed."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +84,14 @@ class WorkerPeer:
         self._context(positions, settings)
         ids = token_ids(work.positions, self.vocab_size)
         keep = min(self._position, work.depth)
-        self._ask("reset", position=keep)
+        self._process.ask("reset", position=keep)
         if work.kind == "prefill":
-            seconds = self._ask("prefill", ids=ids)["seconds"]
+            seconds = self._process.ask("prefill", ids=ids)["seconds"]
         else:
             if keep < work.depth:
-                self._ask("prefill", ids=ids[keep : work.depth])
+                self._process.ask("prefill", ids=ids[keep : work.depth])
             self._position = work.depth
-            seconds = self._ask("decode", ids=ids[work.depth :])["seconds"]
+            seconds = self._process.ask("decode", ids=ids[work.depth :])["seconds"]
         self._position = work.positions
         return work.tokens / seconds
 
@@ -104,38 +102,21 @@ class WorkerPeer:
     def _load(self, path: Path, repack: bool) -> None:
         if self._loaded != (path, repack):
             self.close()
-            command = [self.python, str(WORKER)]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            self.info = self._ask("load", path=str(path), repack=repack)["info"]
+            self._process = Process(self.python, WORKER, "llama-cpp-python")
+            self.info = self._process.ask("load", path=str(path), repack=repack)["info"]
             self._loaded = path, repack
 
     def _context(self, positions: int, settings: Settings) -> None:
         wanted = positions, settings.flash, settings.ubatch
         if self._made != wanted:
             self._made, self._position = None, 0
-            self._ask("context", positions=positions, flash=settings.flash, ubatch=settings.ubatch, threads=self.threads)
+            self._process.ask("context", positions=positions, flash=settings.flash, ubatch=settings.ubatch, threads=self.threads)
             self._made = wanted
-
-    def _ask(self, do: str, **what) -> dict:
-        try:
-            self._process.stdin.write(json.dumps({"do": do, **what}) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise PeerError(f"{self.python}: llama.cpp's process ended during {do!r} (pip install llama-cpp-python)")
-        found = json.loads(line)
-        if "error" in found:
-            raise PeerError(found["error"])
-        return found
 
     def close(self) -> None:
         """End the process: its repacked weights are memory that others need."""
         if self._process is not None:
-            self._process.stdin.close()
-            self._process.stdout.close()
-            self._process.wait()
+            self._process.close()
         self._process = self._loaded = self._made = None
         self._position = 0
 

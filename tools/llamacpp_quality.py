@@ -12,14 +12,13 @@ are llama_decode's own with a float32 KV cache. Needs llama-cpp-python, gguf and
 """
 
 import ctypes
-import json
-import os
 import sys
 from pathlib import Path
 
 import gguf
 import llama_cpp as lib
 import numpy as np
+from json_lines import serve
 from llamacpp_gguf import describe
 
 EXPERTS = rb"ffn_(gate|up|down)_exps"
@@ -130,31 +129,20 @@ class Model:
         self.model = self.context = None
 
 
-def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")  # llama.cpp may print on file 1
-    os.dup2(2, 1)
+def ready():
+    """llama.cpp, started, and what answers a command."""
     lib.llama_log_set(_quiet, None)
     lib.llama_backend_init()
     model = Model()
-    for line in sys.stdin:
-        command = json.loads(line)
-        do = command.pop("do")
-        try:
-            if do == "about":
-                found = {"version": f"llama-cpp-python {lib.__version__}"}
-            elif do == "gguf":
-                found = write_gguf(command["weights"], command["config"], command["out"])
-            elif do == "quantize":
-                found = quantize(command.pop("gguf"), **command)
-            elif do == "open":
-                found = model.open(command.pop("gguf"), **command)
-            else:
-                found = model.logits(**command)
-        except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
-            found = {"error": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(found) + "\n")
-        answers.flush()
+    known = {
+        "about": lambda: {"version": f"llama-cpp-python {lib.__version__}"},
+        "gguf": write_gguf,
+        "quantize": lambda gguf, **how: quantize(gguf, **how),
+        "open": lambda gguf, **how: model.open(gguf, **how),
+        "logits": model.logits,
+    }
+    return lambda command: known[command.pop("do")](**command)
 
 
 if __name__ == "__main__":
-    main()
+    serve(ready)

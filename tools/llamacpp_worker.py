@@ -11,12 +11,11 @@ the last token alone are asked for, as llama-bench does. Needs llama-cpp-python;
 """
 
 import ctypes
-import json
-import os
 import sys
 import time
 
 import llama_cpp as lib
+from json_lines import serve
 
 FLASH = {True: 1, False: 0}  # enum llama_flash_attn_type
 
@@ -100,20 +99,12 @@ class Worker:
         return known[command.pop("do")](**command)
 
 
-def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")  # llama.cpp may print on file 1
-    os.dup2(2, 1)
+def ready():
+    """llama.cpp, started, and what answers a command."""
     lib.llama_log_set(_quiet, None)
     lib.llama_backend_init()
-    worker = Worker()
-    for line in sys.stdin:
-        try:
-            found = worker.answer(json.loads(line))
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            found = {"error": str(error)}
-        answers.write(json.dumps(found) + "\n")
-        answers.flush()
+    return Worker().answer
 
 
 if __name__ == "__main__":
-    main()
+    serve(ready)

@@ -4,15 +4,14 @@ One hard fact: llama.cpp rotates neighbouring pairs of a head (x[2i], x[2i + 1])
 the rows of wq and wk change places; a row stays a row, and what was measured of its inputs holds for both.
 """
 
-import contextlib
-import json
-import subprocess
 from pathlib import Path
 
 import numpy as np
+from json_lines import PeerError, Process
 
 from npmix.config import Config
 from npmix.quant.pack import dequantize
+from npmix.store.importance import SHARED_INPUT
 
 WORKER = Path(__file__).resolve().parent / "llamacpp_quality.py"
 NAMES = {
@@ -20,10 +19,6 @@ NAMES = {
     "wk": "attn_k", "wv": "attn_v", "wo": "attn_output", "ffn_norm": "ffn_norm", "router": "ffn_gate_inp",
     "w_gate": "ffn_gate_exps", "w_up": "ffn_up_exps", "w_down": "ffn_down_exps",
 }  # fmt: skip
-
-
-class PeerError(RuntimeError):
-    """llama.cpp is not there, or failed."""
 
 
 def paired_rows(w: np.ndarray, heads: int) -> np.ndarray:
@@ -60,7 +55,7 @@ def llama_importance(means: dict[str, np.ndarray], counts: np.ndarray, config: C
     out: dict = {}
     for name, shape in config.tensor_shapes().items():
         parts = name.split(".")
-        shared = ".".join([*parts[:-1], {"wk": "wq", "wv": "wq", "w_up": "w_gate"}.get(parts[-1], parts[-1])])
+        shared = ".".join([*parts[:-1], SHARED_INPUT.get(parts[-1], parts[-1])])
         if shared not in means or parts[-1] == "router":
             continue
         chosen = len(parts) != 5 or counts[int(parts[1]), int(parts[3])] > 0
@@ -68,43 +63,19 @@ def llama_importance(means: dict[str, np.ndarray], counts: np.ndarray, config: C
     return {name: np.stack(rows) if "_exps" in name else rows[0] for name, rows in out.items()}
 
 
-class Peer:
-    """The worker's process; `ask` sends a command and returns its answer. Use in `with`."""
+class Peer(Process):
+    """The worker's process, to ask. Use in `with`."""
 
     def __init__(self, python: str):
-        self.python = python
-        try:
-            command = [python, str(WORKER)]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        except OSError as e:
-            raise PeerError(f"{python}: {e.strerror or e}") from None
+        super().__init__(python, WORKER, "llama-cpp-python gguf")
         try:
             self.version = self.ask("about")["version"]
         except PeerError:
-            self.__exit__()
+            self.close()
             raise
-
-    def ask(self, do: str, **what) -> dict:
-        """One command, its answer; PeerError if it failed."""
-        paths = {name: str(value) if isinstance(value, Path) else value for name, value in what.items()}
-        try:
-            self._process.stdin.write(json.dumps({"do": do, **paths}) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise PeerError(f"{self.python}: the process ended during {do!r} (pip install llama-cpp-python gguf)")
-        found = json.loads(line)
-        if "error" in found:
-            raise PeerError(found["error"])
-        return found
 
     def __enter__(self) -> "Peer":
         return self
 
     def __exit__(self, *_) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait()
+        self.close()

@@ -1,12 +1,11 @@
 """`npmix calibrate`: a text through a model, and the file of what its matrices took in."""
 
-import sys
 from pathlib import Path
 
 import click
 
-from .notices import ProgressBar, compile_notice, escaped, say
-from .options import threads_option, utf8
+from .notices import compile_notice, escaped, resumable_bar, say
+from .options import read_text, threads_option
 
 COUNT = click.IntRange(2, 1 << 40)
 NAME = click.Path(path_type=Path)
@@ -30,20 +29,12 @@ def calibrate(model, text, output, second_moments, tokens, window, force, thread
     """
     from ..calibrate import calibrate as measure
 
-    content = utf8(sys.stdin.buffer.read() if str(text) == "-" else text.read_bytes(), "standard input" if str(text) == "-" else str(text))
-    with compile_notice(quiet):
-        bar = ProgressBar(quiet, amount=lambda count: f"{count:,.0f}")
-        try:
-            found = measure(
-                model, content, output, tokens=tokens, window=window, threads=threads, moments=second_moments, force=force,
-                progress=bar.update,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            bar.finish()
-            say("interrupted; the same command goes on where this one stopped")
-            raise
-        finally:
-            bar.finish()
+    content = read_text(text)
+    with compile_notice(quiet), resumable_bar(quiet, amount=lambda count: f"{count:,.0f}") as bar:
+        found = measure(
+            model, content, output, tokens=tokens, window=window, threads=threads, moments=second_moments, force=force,
+            progress=bar.update,
+        )  # fmt: skip
     if not quiet:
         counts = found["counts"]
         seldom = f", each expert got {counts.min():,} to {counts.max():,} of them" if counts.shape[1] > 1 else ""

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from ..errors import NpmixError
-from .notices import ProgressBar, compile_notice, escaped, say, size
+from .notices import ProgressBar, compile_notice, escaped, resumable_bar, say, size
 from .options import threads_option
 
 QUANTS = ("q8", "q6", "q5", "q4", "q3", "q2", "f16")  # a test holds them to those of the conversion
@@ -38,19 +38,11 @@ def convert(src, dst, quant, uniform, importance, second_moments, requantize, fo
     """
     from .. import convert as conversion
 
-    with compile_notice(quiet):
-        bar = ProgressBar(quiet)
-        try:
-            conversion.convert(
-                src, dst, quant, uniform=uniform, importance=importance, second_moments=second_moments, requantize=requantize,
-                force=force, threads=threads, progress=lambda done, total, what: bar.update(done, total),
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            bar.finish()
-            say("interrupted; the same command goes on where this one stopped")
-            raise
-        finally:
-            bar.finish()
+    with compile_notice(quiet), resumable_bar(quiet) as bar:
+        conversion.convert(
+            src, dst, quant, uniform=uniform, importance=importance, second_moments=second_moments, requantize=requantize,
+            force=force, threads=threads, progress=lambda done, total, what: bar.update(done, total),
+        )  # fmt: skip
     if not quiet:
         total = conversion.info(dst)["total"]
         say(f"{escaped(dst)}: {total['weights']:,} weights in {size(total['bytes'])}, {total['bits_per_weight']:.2f} bits per weight")

@@ -5,14 +5,13 @@ One hard fact: what follows "±" is one standard error, as in llama.cpp's perple
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import click
 
 from .interrupts import Interrupts
 from .notices import ProgressBar, compile_notice, escaped, say
-from .options import threads_option, utf8
+from .options import read_text, threads_option
 
 FILE = click.Path(path_type=Path)
 WHOLE = click.IntRange(1)
@@ -75,7 +74,7 @@ def evaluate(model, text, json_file, quiet, **settings):
     """
     if settings["against"] and settings["against_logits"]:
         raise click.UsageError("Give --against or --against-logits, not both.")
-    words = utf8(sys.stdin.buffer.read(), "standard input") if str(text) == "-" else utf8(text.read_bytes(), str(text))
+    words = read_text(text)
     from ..evaluation import evaluate as measure
 
     bar, interrupts = ProgressBar(quiet, amount=_tokens), Interrupts()

@@ -107,3 +107,17 @@ class ProgressBar:
             self._stream.write("\n")
             self._stream.flush()
             self._drawn = False
+
+
+@contextmanager
+def resumable_bar(quiet: bool, amount=size):
+    """A progress bar for work that goes on where an interrupt stopped it, and says so."""
+    bar = ProgressBar(quiet, amount=amount)
+    try:
+        yield bar
+    except KeyboardInterrupt:
+        bar.finish()
+        say("interrupted; the same command goes on where this one stopped")
+        raise
+    finally:
+        bar.finish()

@@ -1,6 +1,7 @@
 """Options that several commands share, and the checks that click's types do not make."""
 
 import math
+import sys
 
 import click
 
@@ -79,6 +80,11 @@ def utf8(data: bytes, where: str) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as e:
         raise InputError(f"{where} is not UTF-8: byte {data[e.start]:#04x} at offset {e.start}; expected text in UTF-8") from None
+
+
+def read_text(path) -> str:
+    """A text file, or standard input for "-"."""
+    return utf8(sys.stdin.buffer.read(), "standard input") if str(path) == "-" else utf8(path.read_bytes(), str(path))
 
 
 def model_path(given):

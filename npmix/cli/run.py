@@ -14,7 +14,7 @@ from .. import __version__
 from ..errors import InputError
 from .interrupts import INTERRUPTED, Interrupts
 from .notices import compile_notice, say
-from .options import Number, engine_options, model_option, utf8
+from .options import Number, engine_options, model_option, read_text
 from .output import figures, follow, write
 
 SEED = click.IntRange(0, (1 << 64) - 1)
@@ -27,14 +27,12 @@ def read_prompt(prompt, file) -> str | None:
         raise click.UsageError("Give the prompt as an argument or with --file, not both.")
     if prompt is not None:
         return prompt
-    if file is not None:
-        if str(file) != "-":
-            return utf8(file.read_bytes(), str(file))
-    elif sys.stdin is None:  # a program without a console
-        return ""
-    elif sys.stdin.isatty():
-        return None
-    return utf8(sys.stdin.buffer.read(), "standard input")
+    if file is None:
+        if sys.stdin is None:  # a program without a console
+            return ""
+        if sys.stdin.isatty():
+            return None
+    return read_text(file or "-")
 
 
 def sampling_options(command):

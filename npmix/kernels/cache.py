@@ -7,6 +7,7 @@ times as much.
 import functools
 
 from numpy import float32 as F
+from numpy import inf
 from numpy import int32 as I32
 
 from ._jit import njit
@@ -21,6 +22,7 @@ from .ops import (
     max_f32,
     maximum,
     nearest,
+    put_f16,
     put_f32,
     put_i8,
     splat_f32,
@@ -29,10 +31,10 @@ from .ops import (
     sum_f32,
     to_i32,
 )
-from .rows import cache_write
 
 BLOCK = 256  # positions of a block: its merge costs one part in 128 of its work at head_dim 128
 STRIP = 64  # positions that lie side by side in the keys
+F16_MAX = 65504.0
 CELL = 32  # lanes of 4 codes that lie side by side in 8-bit keys and values: what a tile takes at once
 ZERO = 128  # the 8-bit code that means 0: codes are the unsigned operand of the int8 dot
 
@@ -45,6 +47,28 @@ def row_bytes(kv: str, count: int) -> int:
     """Bytes of one head's keys or values at one position, `count` numbers, with their scale."""
     size, scale = KINDS[kv][:2]
     return count * size + scale
+
+
+@functools.lru_cache(maxsize=None)
+def cache_write(kv):
+    """A kernel (value, address): one number into the KV cache; returns 1 if it did not fit float16 and was saturated."""
+
+    @njit
+    def write_f16(value, address):
+        saturated = 0
+        if F(F16_MAX) < value < F(inf):  # infinities stay, so that nothing hides them
+            value, saturated = F(F16_MAX), 1
+        elif F(-inf) < value < F(-F16_MAX):
+            value, saturated = F(-F16_MAX), 1
+        put_f16(address, value)
+        return saturated
+
+    @njit
+    def write_f32(value, address):
+        put_f32(address, value)
+        return 0
+
+    return write_f16 if kv == "f16" else write_f32
 
 
 @functools.lru_cache(maxsize=None)

@@ -32,7 +32,7 @@ def emit_dot4(builder, acc, codes, inputs):
 
 
 def takes_signed():
-    """Whether the form takes 128 off the codes itself, so that accumulators start at 0."""
+    """Whether the form takes 128 off the codes itself, so that a start does not have to."""
     return cpu.form() in ("avx2", "neon")
 
 

@@ -92,7 +92,14 @@ def _pair(name, group):
 
 @functools.lru_cache(maxsize=None)
 def _pair_by_panel(name, group):
-    """The same, for more tokens than two tiles: the row blocks are unpacked into `panel` first."""
+    """The same, for more tokens than two tiles: the row blocks are unpacked into `panel` first, but for q8, which is its own panel."""
+
+    @njit
+    def needless(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead_bytes, panel):
+        """Never called: no number of tokens makes a panel worth while."""
+
+    if name == "q8":
+        return needless
     pair, unpack, plain = _pair("q8", group), unpack_block(name, group), span_bytes("q8", group)
 
     @njit
@@ -102,11 +109,7 @@ def _pair_by_panel(name, group):
             unpack(w + i * block_bytes, n_groups, panel + i * plain_bytes)
         pair(panel, plain_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, w + BLOCKS * block_bytes, ahead_bytes)
 
-    @njit
-    def needless(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead_bytes, panel):
-        """q8 is its own panel."""
-
-    return needless if name == "q8" else pair_by_panel
+    return pair_by_panel
 
 
 def _packed(name, group):

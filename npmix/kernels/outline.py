@@ -33,10 +33,14 @@ class _Tile:
         if symbol in self._registered:
             return
         self._registered[symbol] = None  # loading it asks for all tiles again
-        function = _with_arguments(self.inner, self.name)
-        function.compile((i64,) * self.inner.arity)
-        result = function.overloads[(i64,) * self.inner.arity]
-        add_symbol(symbol, result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name))
+        try:
+            function, signature = _with_arguments(self.inner, self.name), (i64,) * self.inner.arity
+            function.compile(signature)
+            result = function.overloads[signature]
+            add_symbol(symbol, result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name))
+        except BaseException:  # an interrupt, say: LLVM ends the process over a symbol that is not there
+            del self._registered[symbol]
+            raise
         self._registered[symbol] = function  # its machine code lives as long as this
 
 

@@ -6,7 +6,6 @@ same bits on both ways. Rows are padded with zeros to whole vectors.
 
 import functools
 
-import numpy as np
 from numpy import float32 as F
 from numpy import int32 as I32
 from numpy import int64 as I64
@@ -32,7 +31,6 @@ from .ops import (
     maximum,
     mul,
     nearest,
-    put_f16,
     put_f32,
     put_i32,
     splat_f32,
@@ -47,7 +45,6 @@ from .ops import (
 from .unpack import unpack_block
 
 MINUS_LOG2_E = -1.4426950408889634
-F16_MAX = 65504.0
 
 
 @functools.lru_cache(maxsize=None)
@@ -168,25 +165,3 @@ def rope(x, cos_sin, half, scale, out):
         a, b = get_f32(x + 4 * i), get_f32(x + 4 * (half + i))
         put_f32(out + 4 * i, fma1(F(0.0) - b, s, a * c) * scale)
         put_f32(out + 4 * (half + i), fma1(b, c, a * s) * scale)
-
-
-@functools.lru_cache(maxsize=None)
-def cache_write(kv):
-    """A kernel (value, address): one number into the KV cache; returns 1 if it did not fit float16 and was saturated."""
-
-    @njit
-    def write_f16(value, address):
-        saturated = 0
-        if F(F16_MAX) < value < F(np.inf):  # infinities stay, so that nothing hides them
-            value, saturated = F(F16_MAX), 1
-        elif F(-np.inf) < value < F(-F16_MAX):
-            value, saturated = F(-F16_MAX), 1
-        put_f16(address, value)
-        return saturated
-
-    @njit
-    def write_f32(value, address):
-        put_f32(address, value)
-        return 0
-
-    return write_f16 if kv == "f16" else write_f32

@@ -24,7 +24,7 @@ from numba.core import cgutils
 
 from ..formats import CHUNK, span_bytes
 from . import cpu
-from .dot import emit_dot4, emit_dot_multiplied, emit_dot_start, emit_less, emit_scaled, emit_splat4, multiplies_sums
+from .dot import emit_dot4, emit_dot_multiplied, emit_dot_start, emit_less, emit_scaled, emit_splat4
 from .outline import outlined
 from .simd import (
     const_i64,
@@ -50,8 +50,8 @@ from .simd import (
 )
 from .unpack import Unpacker, twin_row_block
 
-# The tallest tile: 2 row blocks x 6 tokens are 12 integer and 12 float accumulators of AVX-512's 32 registers (the totals of
-# earlier groups are touched once a group and may lie on the stack); where 16 lanes take several registers, 1 x 4 keeps
+# The tallest tile: 2 row blocks x 6 tokens are 12 integer and 12 float accumulators of AVX-512's 32 registers (the float ones
+# are touched once a group and may lie on the stack); where 16 lanes take several registers, 1 x 4 keeps
 # the integer ones from spilling.
 BLOCKS, HEIGHT = (2, 6) if cpu.wide_registers() else (1, 4)
 # One token takes SINGLE row blocks: each broadcast of inputs feeds 4 dots, and fewer instructions a byte keep more bytes in flight.
@@ -149,7 +149,7 @@ class _PackedLoops:
                 for line in range(0, source.chunk_bytes, 64):
                     prefetch(builder, builder.add(at, const_i64(AHEAD + line)))
         chunks = [source.open(builder.add(b, places[0]), builder.add(b, places[1]), index) for b in self.rows]
-        if multiplies_sums() and source.spec.selector_bits and len(source.spec.values) == 1:
+        if source.by_sub_blocks:
             self.sub_blocks(chunks, inputs)
             return
         for i in range(CHUNK // 4):

@@ -13,6 +13,7 @@ from numba.core import cgutils
 
 from ..formats import CHUNK, PACKED, codes_at, span_bytes
 from . import cpu
+from .dot import multiplies_sums
 from .outline import outlined
 from .simd import call, const_i32, const_i64, const_vector, i64, join, load, op, peek, poke, scalar, shuffle, splat, store, vector, void
 
@@ -31,6 +32,7 @@ class Unpacker:
         self.builder, self.name, self.spec, self.group = builder, name, PACKED[name], group
         self.chunk_bytes = CHUNK * 2 * self.spec.bits
         self._vbmi = bool(self.spec.values) and cpu.looks_up_bytes()
+        self.by_sub_blocks = multiplies_sums() and self.spec.selector_bits > 0 and len(self.spec.values) == 1
 
     def places(self, half):
         """Offsets in a span of the first chunk's codes and selectors of group `half` (i64, 0 or 1)."""
@@ -58,8 +60,8 @@ class Unpacker:
         places = range(spec.per // 4 * i, spec.per // 4 * (i + 1))
         values = [self._lookup(spec.values[0], builder.and_(self._index(codes, place), mask)) for place in places]
         lanes = builder.lshr(selectors, const_vector("i32", 16, spec.selector_bits * i))
-        table = [spec.multipliers[s % len(spec.multipliers)] for s in range(8)]  # repeated: permd reads 3 bits
-        doubled = const_vector("i32", 8, [m % 65536 * 65537 for m in table])
+        eight = [spec.multipliers[s % len(spec.multipliers)] for s in range(8)]  # repeated: permd reads 3 bits
+        doubled = const_vector("i32", 8, [m % 65536 * 65537 for m in eight])
         halves = [call(builder, "llvm.x86.avx2.permd", doubled.type, doubled, shuffle(builder, lanes, range(at, at + 8))) for at in (0, 8)]
         return values, builder.bitcast(join(builder, halves), vector("i16", 32))
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from ..errors import CalibrationError
 from ..formats import DAMPING, PACKED, SCALE_BOUNDS, MOMENTS, STEPS
-from .round import find_scale, half, nearest, quantise
+from .round import find_scale, half, lesser, nearest, quantise
 
 F = np.float32
 _PIECE = 8  # blocks factored at a time: they stay in the cache
@@ -74,11 +74,7 @@ def _round(spec, scale, w, feedback, weights):
         for s, m in enumerate(spec.multipliers):
             found = _sub_block(spec, s, scale * F(m), target, w, feedback, weights, inputs)
             found.append(np.full(scale.shape, s, np.uint8))
-            if least is None:
-                least = found
-            else:
-                better = found[0] < least[0]
-                least = [np.where(better if a.ndim == 2 else better[..., None], a, b) for a, b in zip(found, least)]
+            least = lesser(found, least)
         error, codes[..., inputs], values, factor, selectors[..., block] = least
         total += error
         for k in range(inputs.start, inputs.stop):
@@ -125,12 +121,7 @@ def quantise_compensated(
         start, best = find_scale(spec, grouped, counts)[0], None
         for step in STEPS:
             scale = half(start * F(step))
-            found = [*_round(spec, scale, grouped, feedback, weights), scale]
-            if best is None:
-                best = found
-            else:
-                better = found[0] < best[0]
-                best = [np.where(better if a.ndim == 2 else better[..., None], a, b) for a, b in zip(found, best)]
+            best = lesser([*_round(spec, scale, grouped, feedback, weights), scale], best)
         _, codes, missed, selectors, scale = best
         something = (np.abs(grouped).max(-1) > 0)[..., None]  # else as in the padding
         codes, selectors = np.where(something, codes, np.uint8(spec.pad)), np.where(something, selectors, np.uint8(0))

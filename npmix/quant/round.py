@@ -71,6 +71,14 @@ def nearest(z: np.ndarray, row: tuple[int, ...]) -> np.ndarray:
     return (z > middles.reshape(-1, *(1,) * z.ndim)).sum(0)
 
 
+def lesser(found: list[np.ndarray], best: list[np.ndarray] | None) -> list[np.ndarray]:
+    """Of two lists of arrays, an error first in each, the entries of the lesser error, the old ones on ties. Arrays may have one axis more."""
+    if best is None:
+        return found
+    less = found[0] < best[0]
+    return [np.where(less if new.ndim == less.ndim else less[..., None], new, old) for new, old in zip(found, best)]
+
+
 def _measure(spec, scale: np.ndarray, x: np.ndarray, v: np.ndarray):
     """scale (rows, groups), x and v (rows, groups, sub-blocks, inputs) -> error, sum(v w q), sum(v q q) by group, selectors by sub-block."""
     least = None
@@ -82,11 +90,7 @@ def _measure(spec, scale: np.ndarray, x: np.ndarray, v: np.ndarray):
         miss = z - q
         found = [_sum(miss * miss * v) * (factor * factor), _sum(q * x * v) * m, _sum(q * q * v) * (m * m)]
         found.append(np.full(x.shape[:3], s, np.uint8))
-        if least is None:
-            least = found
-        else:
-            better = found[0] < least[0]
-            least = [np.where(better, new, old) for new, old in zip(found, least)]
+        least = lesser(found, least)
     return [_sum(part) for part in least[:3]] + [least[3]]
 
 
@@ -102,14 +106,9 @@ def find_scale(spec, w: np.ndarray, v: np.ndarray):
         tries = [half(extreme / (F(spec.row(0)[0]) * F(ratio))) for ratio in EXTREMES]
     best = None
     for at in range(len(tries) + REFITS):
-        scale = tries[at] if at < len(tries) else half(best[2] / np.where(best[3] > 0, best[3], F(1)))
-        found = [scale, *_measure(spec, scale, x, importance)]
-        if best is None:
-            best = found
-        else:
-            better = found[1] < best[1]
-            best = [np.where(better if new.ndim == 2 else better[..., None], new, old) for new, old in zip(found, best)]
-    scale, _, product, _, selectors = best
+        scale = tries[at] if at < len(tries) else half(best[1] / np.where(best[2] > 0, best[2], F(1)))
+        best = lesser([*_measure(spec, scale, x, importance), scale], best)
+    _, product, _, selectors, scale = best
     return scale, product, selectors
 
 

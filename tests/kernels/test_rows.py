@@ -6,8 +6,9 @@ from kernel_tools import Memory, memory, same_bits, ulps
 from test_matmul import bytes_of
 
 from npmix.formats import DENSE, GROUPS, PACKED, packed_bytes
+from npmix.kernels.cache import cache_write
 from npmix.kernels.dot import FLOAT, START
-from npmix.kernels.rows import cache_write, embedder, put_in_tile, quantise_group, quantise_row, rms_norm, rope, swiglu
+from npmix.kernels.rows import embedder, put_in_tile, quantise_group, quantise_row, rms_norm, rope, swiglu
 from npmix.kernels.simd import twin_fma, twin_reduce_add
 from npmix.quant.pack import dequantize, pack
 from npmix.quant.round import quantise
