@@ -5,7 +5,7 @@ each is held to the plain one on random and edge values.
 """
 
 from . import cpu
-from .simd import call, const_vector, emit_fma, join, load, scalar, shuffle, splat, vector
+from .simd import call, const_i32, const_vector, emit_fma, join, load, scalar, shuffle, splat, vector
 
 
 def emit_splat4(builder, address):
@@ -13,13 +13,15 @@ def emit_splat4(builder, address):
     return builder.bitcast(splat(builder, load(builder, address, scalar("i32"))), vector("i8", 64))
 
 
-def emit_dot4(builder, acc, codes, inputs):
+def emit_dot4(builder, acc, codes, inputs, offset=128):
     """acc[r] + sum over j < 4 of (int8 of codes[4r + j]) * inputs[4r + j], given the start of `emit_dot_start`.
 
-    codes: int8 + 128; inputs: signed bytes in -127..127. Some forms work on unsigned codes and rely on the start, others take
-    128 off themselves.
+    codes: int8 + offset; inputs: signed bytes in -127..127. Some forms work on unsigned codes and rely on the start, others take
+    128 off themselves. offset: `offset_for` the integers at hand.
     """
     form = cpu.form()
+    if offset == SMALL:
+        return _by_parts(builder, acc, codes, inputs, 8, _avx2_small) if form == "avx2" else _plain_dot4(builder, acc, codes, inputs)
     if form == "avx512vnni":
         return call(builder, "llvm.x86.avx512.vpdpbusd.512", acc.type, acc, *_vnni_operands(builder, codes, inputs))
     if form == "avxvnni":
@@ -40,8 +42,19 @@ START = -128  # a group's sum of inputs is kept times this: what accumulators of
 FLOAT = 0x4B400000  # 1.5 * 2^23 as float32: an integer below 2^22 added to these bits is, read as float32, that much more
 
 
-def emit_dot_start(builder, address):
+SMALL = 64  # the offset of codes that stay below 128
+
+
+def offset_for(top):
+    """What to add to integers of size `top` or less for `emit_dot4`: for AVX2, codes below 128 need no care for signs."""
+    return SMALL if cpu.form() == "avx2" and top < SMALL else 128
+
+
+def emit_dot_start(builder, address, offset=128):
     """What an accumulator starts from, all lanes; address: int32, FLOAT + START times the sum of the group's inputs."""
+    if offset == SMALL:  # FLOAT + START / 2 * sum: the mean of FLOAT and what is there
+        twice = builder.add(load(builder, address, scalar("i32")), const_i32(FLOAT))
+        return splat(builder, builder.lshr(twice, const_i32(1)))
     if takes_signed():
         return const_vector("i32", 16, FLOAT)
     return splat(builder, load(builder, address, scalar("i32")))
@@ -88,6 +101,12 @@ def _vnni256(builder, acc, codes, inputs):
 def _avx2(builder, acc, codes, inputs):
     """|w| as the unsigned operand, its sign moved to the input: pairs reach 2 * 128 * 127 = 32,512 and fit."""
     pairs = _avx2_pairs(builder, builder.xor(codes, const_vector("i8", 32, -128)), inputs)
+    return builder.add(acc, call(builder, "llvm.x86.avx2.pmadd.wd", acc.type, pairs, const_vector("i16", 16, 1)))
+
+
+def _avx2_small(builder, acc, codes, inputs):
+    """Codes below 128 as they are: pairs reach 2 * 127 * 127 = 32,258 and fit."""
+    pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", vector("i16", 16), codes, inputs)
     return builder.add(acc, call(builder, "llvm.x86.avx2.pmadd.wd", acc.type, pairs, const_vector("i16", 16, 1)))
 
 

@@ -9,8 +9,10 @@ import functools
 
 import numpy as np
 
-from ..formats import DENSE, packed_bytes, span_bytes
+from ..formats import DENSE, PACKED, packed_bytes, span_bytes
+from . import cpu
 from ._jit import njit
+from .dot import offset_for
 from .ops import fetch
 from .tile import BLOCKS, HEIGHT, SINGLE, dense_tile, packed_tile
 from .unpack import unpack_block
@@ -52,9 +54,9 @@ def panel_bytes(cols, group):
 
 
 @functools.lru_cache(maxsize=None)
-def _tall(name, group):
+def _tall(name, group, offset):
     """A kernel for one tile of 2 to HEIGHT tokens."""
-    t2, t3, t4, t5, t6 = [packed_tile(name, group, BLOCKS, min(h, HEIGHT)) for h in range(2, 7)]
+    t2, t3, t4, t5, t6 = [packed_tile(name, group, BLOCKS, min(h, HEIGHT), offset) for h in range(2, 7)]
 
     @njit
     def tall(h, w, block_bytes, n_groups, acts, out, out_bytes, next_block):
@@ -73,9 +75,9 @@ def _tall(name, group):
 
 
 @functools.lru_cache(maxsize=None)
-def _pair(name, group):
+def _pair(name, group, offset=128):
     """A kernel for BLOCKS row blocks (or, with distances of 0, one done over) and all tiles of 2 or more tokens."""
-    tall = _tall(name, group)
+    tall = _tall(name, group, offset)
 
     @njit
     def pair(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead, ahead_bytes):
@@ -92,15 +94,9 @@ def _pair(name, group):
 
 @functools.lru_cache(maxsize=None)
 def _pair_by_panel(name, group):
-    """The same, for more tokens than two tiles: the row blocks are unpacked into `panel` first, but for q8, which is its own panel."""
-
-    @njit
-    def needless(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead_bytes, panel):
-        """Never called: no number of tokens makes a panel worth while."""
-
-    if name == "q8":
-        return needless
-    pair, unpack, plain = _pair("q8", group), unpack_block(name, group), span_bytes("q8", group)
+    """The same for many tokens: the row blocks are unpacked into `panel` first."""
+    offset, plain = offset_for(PACKED[name].top), span_bytes("q8", group)
+    pair, unpack = _pair("q8", group, offset), unpack_block(name, group, offset)
 
     @njit
     def pair_by_panel(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead_bytes, panel):
@@ -112,9 +108,34 @@ def _pair_by_panel(name, group):
     return pair_by_panel
 
 
+@functools.lru_cache(maxsize=None)
+def _several(name, group):
+    """The same for any number of tokens from 2 on, by the faster of the two ways; q8 is its own panel."""
+    if name == "q8":
+        pair = _pair(name, group)
+
+        @njit
+        def as_they_lie(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead_bytes, panel):
+            pair(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, NONE, NONE)
+
+        return as_they_lie
+    by_panel = _pair_by_panel(name, group)
+    if not cpu.wide_registers():  # codes, table and sums do not fit the registers together
+        return by_panel
+    pair, least = _pair(name, group), 2 * HEIGHT + 1  # fewer tokens are done before a panel would be
+
+    @njit
+    def several(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead_bytes, panel):
+        if tokens >= least:
+            by_panel(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead_bytes, panel)
+        else:
+            pair(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, NONE, NONE)
+
+    return several
+
+
 def _packed(name, group):
-    single, pair, pair_by_panel = packed_tile(name, group, SINGLE, 1), _pair(name, group), _pair_by_panel(name, group)
-    whole, least = span_bytes(name, group), 1 << 62 if name == "q8" else 2 * HEIGHT + 1  # fewer tokens are done before a panel would be
+    single, several, whole = packed_tile(name, group, SINGLE, 1), _several(name, group), span_bytes(name, group)
 
     @njit
     def packed_matmul(w, rows, cols, first, last, acts, tokens, out, out_bytes, panel):
@@ -130,11 +151,8 @@ def _packed(name, group):
         for block in range(first, last, BLOCKS):
             y, at, both = out + 64 * block, w + block * block_bytes, block + BLOCKS <= last  # an odd last block is paired with itself
             next_bytes, next_block = (block_bytes, 64) if both else (0, 0)
-            if tokens >= least:
-                ahead = BLOCKS * block_bytes if block + 2 * BLOCKS <= last else 0
-                pair_by_panel(at, next_bytes, n_groups, acts, token_bytes, tokens, y, out_bytes, next_block, ahead, panel)
-            else:
-                pair(at, next_bytes, n_groups, acts, token_bytes, tokens, y, out_bytes, next_block, NONE, NONE)
+            ahead = BLOCKS * block_bytes if block + 2 * BLOCKS <= last else 0
+            several(at, next_bytes, n_groups, acts, token_bytes, tokens, y, out_bytes, next_block, ahead, panel)
 
     return packed_matmul
 

@@ -6,6 +6,7 @@ costs a few of the tile's ten thousand cycles.
 """
 
 import functools
+import inspect
 
 from . import cpu
 from ._jit import DISABLED, before_load, njit
@@ -69,16 +70,23 @@ def outlined(make):
     The original operation, to emit in place, is its attribute `inner`.
     """
 
-    @functools.lru_cache(maxsize=None)
+    names = inspect.signature(make)
+
     def wrapped(*args):
+        bound = names.bind(*args)
+        bound.apply_defaults()
+        return tile(*bound.args)
+
+    @functools.lru_cache(maxsize=None)
+    def tile(*args):
         inner = make(*args)
         if DISABLED:
             return inner
-        tile = _Tile(".".join([make.__name__, *map(str, args)]), inner)
+        own = _Tile(".".join([make.__name__, *map(str, args)]), inner)
 
         def emit(builder, *values):
-            tile.register()
-            call(builder, tile.symbol, scalar("void"), *values)
+            own.register()
+            call(builder, own.symbol, scalar("void"), *values)
 
         made = op(void, (i64,) * inner.arity, inner.twin)(emit)
         made.inner = inner

@@ -64,24 +64,25 @@ UNROLLED = 128  # dots that are written out rather than looped over, if a chunk 
 
 
 @outlined
-def packed_tile(name, group, blocks, height):
+def packed_tile(name, group, blocks, height, offset=128):
     """op(w, block_bytes, n_groups, acts, out, out_bytes, next_block): `blocks` row blocks by `height` tokens of a packed matrix.
 
     w: address of the first row block, block_bytes apart. out: float32, token t's 16 rows of block r at
     out + t * out_bytes + r * next_block (bytes). With block_bytes and next_block 0 one block is done twice.
+    offset: of the codes of a panel (`unpack.unpack_block`); 128 elsewhere.
     """
 
     def emit(builder, *args):
-        _PackedLoops(builder, name, group, blocks, height, *args).emit()
+        _PackedLoops(builder, name, group, blocks, height, offset, *args).emit()
 
-    return op(void, (i64,) * 7, _packed_twin(name, group, blocks, height))(emit)
+    return op(void, (i64,) * 7, _packed_twin(name, group, blocks, height, offset))(emit)
 
 
 class _PackedLoops:
     """The loops of one packed tile, being written into a function: groups, their chunks, the vectors of a chunk."""
 
-    def __init__(self, builder, name, group, blocks, height, w, block_bytes, n_groups, acts, out, out_bytes, next_block):
-        self.builder, self.name, self.group, self.height = builder, name, group, height
+    def __init__(self, builder, name, group, blocks, height, offset, w, block_bytes, n_groups, acts, out, out_bytes, next_block):
+        self.builder, self.name, self.group, self.height, self.offset = builder, name, group, height, offset
         self.n_groups, self.acts = n_groups, acts
         self.out, self.out_bytes, self.next_block = out, out_bytes, next_block
         self.cells = [(r, t) for r in range(blocks) for t in range(height)]
@@ -91,6 +92,9 @@ class _PackedLoops:
         self.unroll = self.chunks  # chunks written out one after the other
         while self.unroll > 1 and self.unroll * (CHUNK // 4) * len(self.cells) > UNROLLED:
             self.unroll //= 2
+
+        # few registers and much work: LLVM would order a long run of code by tokens, with every vector on the stack meanwhile
+        self.by_vectors = not (self.source.spec.values or cpu.wide_registers() or height == 1)
 
         self.scales = builder.add(acts, builder.mul(n_groups, const_i64(group * height)))
         self.starts = builder.add(self.scales, builder.mul(n_groups, const_i64(4 * height)))
@@ -119,10 +123,13 @@ class _PackedLoops:
         inputs = builder.add(self.acts, builder.mul(g, const_i64(self.group * self.height)))
         start_at = builder.add(self.starts, builder.mul(g, const_i64(4 * self.height)))
         for r, t in self.cells:
-            start = emit_dot_start(builder, builder.add(start_at, const_i64(4 * t)))
+            start = emit_dot_start(builder, builder.add(start_at, const_i64(4 * t)), self.offset)
             for k in range(self.chains):
                 builder.store(start if k == 0 else const_vector("i32", 16, 0), self.part[(r, t), k])
-        if self.unroll == self.chunks:
+        if self.by_vectors:
+            with self.loop(const_i64(self.group // 4)) as index:
+                self.vector(places, inputs, index)
+        elif self.unroll == self.chunks:
             for i in range(self.chunks):
                 self.chunk(places, inputs, const_i64(i))
         else:
@@ -138,6 +145,18 @@ class _PackedLoops:
             x_scale = splat(builder, load(builder, builder.add(x_at, const_i64(4 * t)), scalar("f32")))
             scaled = emit_scaled(builder, exact, w_scale[r], less[r])
             builder.store(emit_fma(builder, scaled, x_scale, builder.load(self.total[r, t])), self.total[r, t])
+
+    def vector(self, places, inputs, index):
+        """One vector of each row block of q8 against its inputs of every token."""
+        builder = self.builder
+        at = builder.add(places[0], builder.mul(index, const_i64(64)))
+        inputs = builder.add(inputs, builder.mul(index, const_i64(4 * self.height)))
+        vectors = [load(builder, builder.add(b, at), vector("i8", 64)) for b in self.rows]
+        for t in range(self.height):
+            x = emit_splat4(builder, builder.add(inputs, const_i64(4 * t)))
+            for r, w in enumerate(vectors):
+                cell = self.part[(r, t), 0]
+                builder.store(emit_dot4(builder, builder.load(cell), w, x, self.offset), cell)
 
     def chunk(self, places, inputs, index):
         """One chunk of each row block against its inputs of every token."""
@@ -173,10 +192,10 @@ class _PackedLoops:
                     builder.store(emit_dot_multiplied(builder, builder.load(cell), values, x, multipliers), cell)
 
 
-def _packed_twin(name, group, blocks, height):
+def _packed_twin(name, group, blocks, height, offset):
     def twin(w, block_bytes, n_groups, acts, out, out_bytes, next_block):
         codes, w_scale = zip(*(twin_row_block(name, group, w + r * block_bytes, n_groups) for r in range(blocks)))
-        codes, w_scale = np.concatenate(codes), np.concatenate(w_scale)
+        codes, w_scale = np.concatenate(codes) + (128 - offset), np.concatenate(w_scale)
         cols = n_groups * group
         x = peek(acts, np.int8, height * cols).reshape(-1, height, 4).transpose(1, 0, 2).reshape(height, n_groups, group)
         x_scale = peek(acts + height * cols, np.float32, n_groups * height).reshape(-1, height)

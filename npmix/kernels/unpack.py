@@ -183,8 +183,11 @@ def _by_parts(builder, value, lanes, part):
 
 
 @outlined
-def unpack_block(name, group):
-    """op(w, n_groups, out): a row block as a row block of q8 of the same group, for work that comes over it many times."""
+def unpack_block(name, group, offset=128):
+    """op(w, n_groups, out): a row block as a row block of q8 of the same group, for work that comes over it many times.
+
+    offset: what its codes are more than the integers, 128 as in q8 or `dot.offset_for` them.
+    """
 
     def emit(builder, w, n_groups, out):
         source, whole, plain = Unpacker(builder, name, group), span_bytes(name, group), span_bytes("q8", group)
@@ -193,18 +196,20 @@ def unpack_block(name, group):
             at, to = builder.add(w, builder.mul(span, const_i64(whole))), builder.add(out, builder.mul(span, const_i64(plain)))
             scales = builder.mul(half, const_i64(32))
             store(builder, load(builder, builder.add(at, scales), vector("i8", 32)), builder.add(to, scales))
-            codes, selectors = (builder.add(at, place) for place in source.places(half))
+            first, selectors = (builder.add(at, place) for place in source.places(half))
             to = builder.add(to, builder.add(const_i64(64), builder.mul(half, const_i64(16 * group))))
             with cgutils.for_range(builder, const_i64(group // CHUNK), intp=scalar("i64")) as chunks:
-                chunk = source.open(codes, selectors, chunks.index)
+                chunk = source.open(first, selectors, chunks.index)
                 line = builder.add(to, builder.mul(chunks.index, const_i64(16 * CHUNK)))
                 for i in range(CHUNK // 4):
-                    store(builder, source.vector(chunk, i), builder.add(line, const_i64(64 * i)))
+                    codes = source.vector(chunk, i)
+                    codes = builder.sub(codes, const_vector("i8", 64, 128 - offset)) if offset < 128 else codes
+                    store(builder, codes, builder.add(line, const_i64(64 * i)))
 
     def twin(w, n_groups, out):
         integers, _ = twin_row_block(name, group, w, n_groups)
         spans = peek(w, np.uint8, n_groups // 2 * span_bytes(name, group)).reshape(n_groups // 2, -1)
-        lines = integers.reshape(16, n_groups // 2, -1, 4).transpose(1, 2, 0, 3) + 128
+        lines = integers.reshape(16, n_groups // 2, -1, 4).transpose(1, 2, 0, 3) + offset
         poke(out, np.concatenate([spans[:, :64], lines.reshape(n_groups // 2, -1).astype(np.uint8)], axis=1))
 
     return op(void, (i64,) * 3, twin)(emit)

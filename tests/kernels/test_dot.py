@@ -11,7 +11,7 @@ from kernel_tools import Memory, memory
 from npmix.errors import ConfigError
 from npmix.kernels import cpu
 from npmix.kernels._jit import njit
-from npmix.kernels.dot import FLOAT, START, emit_dot4, emit_dot_start, emit_less, emit_scaled, emit_splat4
+from npmix.kernels.dot import FLOAT, SMALL, START, emit_dot4, emit_dot_start, emit_less, emit_scaled, emit_splat4
 from npmix.kernels.simd import const_i64, emit_load_f16, i64, load, op, store, vector, void
 
 COUNT = 2000
@@ -33,16 +33,16 @@ def runnable(form):
 FORMS = [form for form in cpu.FORMS if runnable(form)]
 
 
-def dots(form, monkeypatch):
+def dots(form, offset, monkeypatch):
     """A compiled loop: 16 accumulators start from a group's sum, then take four vectors of codes, each against four inputs."""
     monkeypatch.setattr(cpu, "form", lambda: form)
 
     def emit(builder, total, acc, codes, inputs, out):
-        value = emit_dot_start(builder, total)
+        value = emit_dot_start(builder, total, offset)
         value = builder.add(value, load(builder, acc, vector("i32", 16)))
         for i in range(4):
             line = load(builder, builder.add(codes, const_i64(64 * i)), vector("i8", 64))
-            value = emit_dot4(builder, value, line, emit_splat4(builder, builder.add(inputs, const_i64(4 * i))))
+            value = emit_dot4(builder, value, line, emit_splat4(builder, builder.add(inputs, const_i64(4 * i))), offset)
         store(builder, value, out)
 
     one = op(void, (i64,) * 5, None)(emit)
@@ -57,24 +57,26 @@ def dots(form, monkeypatch):
 
 
 @pytest.mark.compiled
+@pytest.mark.parametrize("offset", [128, SMALL])
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_gives_the_plain_integers(form, monkeypatch):
-    """FLOAT + acc + sum of (code - 128) * input over 16 inputs, for random and edge codes and inputs, in each lane, exactly."""
-    rng = np.random.default_rng(128)
-    codes = rng.integers(0, 256, (COUNT, 4, 16, 4)).astype(np.uint8)
-    codes[: COUNT // 2] = rng.choice(EDGES, (COUNT // 2, 4, 16, 4))
+def test_every_form_gives_the_plain_integers(form, offset, monkeypatch):
+    """FLOAT + acc + sum of (code - offset) * input over 16 inputs, for random and edge codes and inputs, in each lane, exactly. Codes
+    with the smaller offset stay below 128."""
+    rng, top = np.random.default_rng(128), 2 * offset - 1
+    codes = rng.integers(0, top + 1, (COUNT, 4, 16, 4)).astype(np.uint8)
+    codes[: COUNT // 2] = rng.choice([edge for edge in EDGES if edge <= top], (COUNT // 2, 4, 16, 4))
     x = rng.integers(-127, 128, (COUNT, 4, 4)).astype(np.int8)
     x[::2] = rng.choice([-127, 0, 127], (COUNT // 2, 4, 4))
     codes[0], x[0] = 0, 127
     codes[1], x[1] = 0, -127
-    codes[2], x[2] = 255, 127
-    codes[3], x[3] = 255, -127
+    codes[2], x[2] = top, 127
+    codes[3], x[3] = top, -127
     acc = rng.integers(-(2**24), 2**24, (COUNT, 16)).astype(np.int32)
     total = FLOAT + START * x.astype(np.int32).sum((1, 2), dtype=np.int32)
     places = [memory(a) for a in (total, acc, codes, x)]
     out = Memory((COUNT, 16), np.int32)
-    dots(form, monkeypatch)(COUNT, *(place.at for place in places), out.at)
-    exact = FLOAT + acc + np.einsum("nirj,nij->nr", codes.astype(np.int64) - 128, x.astype(np.int64))
+    dots(form, offset, monkeypatch)(COUNT, *(place.at for place in places), out.at)
+    exact = FLOAT + acc + np.einsum("nirj,nij->nr", codes.astype(np.int64) - offset, x.astype(np.int64))
     assert (out.array == exact).all() and out.intact()
 
 

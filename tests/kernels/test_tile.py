@@ -6,7 +6,7 @@ from kernel_tools import Memory, address, memory, same_bits, ulps
 
 from npmix.formats import PACKED
 from npmix.kernels._jit import DISABLED, njit
-from npmix.kernels.dot import FLOAT, START
+from npmix.kernels.dot import FLOAT, SMALL, START
 from npmix.kernels.simd import twin_bf16, twin_fma
 from npmix.kernels.tile import BLOCKS, HEIGHT, SINGLE, dense_tile, packed_tile
 from npmix.quant.pack import integers, pack
@@ -101,6 +101,19 @@ def test_packed_tile_obeys_the_law(name, group):
             before = known[tokens, : 16 * blocks]
             before[np.isnan(before)] = got[np.isnan(before)]
             assert same_bits(got, before)
+
+
+def test_a_panel_of_smaller_codes_gives_the_same_bits():
+    """A tile over q8 codes moved below 128, with the offset that says so, and its twin: the bits of the codes where they were."""
+    parts, x, x_scale = packed_case("q8", 128, BLOCKS, 4, HEIGHT, 9)
+    codes, scales, selectors = (parts[0] % 2**7 + 64).astype(np.uint8), *parts[1:]  # int8s of -64..63
+    acts, found = acts_of(x, x_scale, 128), []
+    for offset in (128, SMALL):
+        tile = packed_tile("q8", 128, BLOCKS, HEIGHT, offset)
+        packed = pack((codes - (128 - offset)).astype(np.uint8), scales, selectors, "q8", 128)
+        for function in (compiled(tile, 7), twin(tile)):
+            found.append(run_packed(function, packed, BLOCKS, packed.size // BLOCKS, 4, acts, HEIGHT))
+    assert all(ulps(found[0], other) <= 2 for other in found) and same_bits(found[0], found[2])
 
 
 @pytest.mark.parametrize("name", PACKED)

@@ -8,6 +8,7 @@ from test_dot import FORMS
 from npmix.formats import PACKED, packed_bytes
 from npmix.kernels import cpu
 from npmix.kernels._jit import DISABLED, njit
+from npmix.kernels.dot import SMALL
 from npmix.kernels.unpack import twin_row_block, unpack_block
 from npmix.quant.pack import integers, pack, unpack
 
@@ -56,6 +57,20 @@ def test_every_form_unpacks_alike(name, group, form, wide, monkeypatch):
         out = Memory(packed_bytes("q8", 16, n_groups * group, group), np.uint8)
         run(data.at, n_groups, out.at)
         assert same_bits(out.array, as_8_bits(data.array, name, group, n_groups)) and out.intact() and data.intact()
+
+
+@pytest.mark.parametrize("name", [name for name, spec in PACKED.items() if spec.top < SMALL])
+def test_a_smaller_offset_only_moves_the_codes(name):
+    """A panel for a dot that wants its codes below 128: the q8 row block with 64 taken off each code, scales as they were."""
+    group = PACKED[name].group
+    one, data = unpack_block(name, group, SMALL), memory(row_block(name, group, 4))
+    expected = as_8_bits(data.array, name, group, 4).reshape(2, -1)
+    expected[:, 64:] -= 128 - SMALL
+    assert expected[:, 64:].max() < 128
+    for function in [njit(lambda w, n_groups, out: one(w, n_groups, out))] + ([] if DISABLED else [one.twin]):
+        out = Memory(expected.size, np.uint8)
+        function(data.at, 4, out.at)
+        assert same_bits(out.array, expected.ravel()) and out.intact()
 
 
 @pytest.mark.parametrize("name, group", PAIRS)
