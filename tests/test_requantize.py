@@ -9,7 +9,7 @@ from make import TINY, tiny_arrays, tiny_hf
 
 from npmix import cli
 from npmix import convert as conversion
-from npmix.convert import QUANTS, as_float32, convert, verify
+from npmix.convert import as_float32, convert, verify
 from npmix.errors import ConversionError
 from npmix.formats import DENSE, PACKED
 from npmix.quant.pack import dequantize, pack
