@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .checkpoint.config_json import read_config
-from .checkpoint.jsonfile import read_json
 from .config import Config
 from .errors import CheckpointError, InputError
 from .formats import EXPERT_UNIT, packed_bytes, tensor_bytes

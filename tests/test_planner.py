@@ -45,7 +45,7 @@ def test_constants_are_the_kernels():
 def test_bytes_of_stores(tmp_path, quant, options):
     """Planned from config.json alone, a store's weight files have exactly the bytes that the conversion writes, and an expert its pages."""
     dtype = options.get("dtype", "bf16")
-    source = tiny_hf(tmp_path / "hf", torch_dtype={"f32": "float32", "bf16": "bfloat16"}[dtype], hidden_size=256, **options)
+    source = tiny_hf(tmp_path / "hf", torch_dtype={"f32": "float32", "bf16": "bfloat16"}[dtype], **options)
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "config.json").write_bytes((source / "config.json").read_bytes())
     planned = row(planner.find_model(tmp_path / "only"), context=512, width=quant)

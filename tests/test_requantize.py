@@ -147,6 +147,7 @@ def test_command(tmp_path):
     from click.testing import CliRunner
 
     from npmix.cli.convert import QUANTS as offered
+    from npmix.store.recipe import QUANTS
 
     assert set(offered) == set(QUANTS) == {*PACKED, "f16"} and "f16" in DENSE
     store = convert(tiny_hf(tmp_path / "hf"), tmp_path / "q8", "q8")

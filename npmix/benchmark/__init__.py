@@ -3,8 +3,9 @@
 One hard fact: memory bandwidth on a shared machine halves and doubles for minutes at a time, so the ceilings are
 measured in turns with the program, and shares are medians over the turns, never quotients of two medians.
 
-`needs` counts what work must read and compute, `measure` times it, `starts` times whole processes, `compare` holds two
-saved results side by side, `host` says what all this ran on, `disk` how fast files come from the disk. Importing this package loads none of numba, numpy, safetensors.
+`needs` counts what work must read and compute, `measure` times it, `starts` times whole processes, `compare` holds two saved
+results side by side, `host` says what all this ran on, `disk` how fast files are read. Importing this package loads none of
+numba, numpy, safetensors.
 """
 
 from .compare import LAYOUT, compare, read_result
