@@ -83,8 +83,7 @@ def plan(model, ram, context, kv, quant, threads, measure, bandwidth, disk, as_j
     KV cache and width: the weights, everything together, whether it fits, and else how many of the experts stay in
     memory, what a token reads of the others from the disk, and the tokens per second that this allows with a full
     context, if all experts are chosen equally often. A packed store's own sizes stand first. Speeds of memory and disk are
-    given, measured with --measure (the disk's on a file of the model, whose pages the system is asked to drop, or on a temporary one in
-    the current folder), or assumed.
+    given, measured with --measure (the disk's on a file of the model, or on a temporary one in the current folder), or assumed.
     """
     from .. import budget, planner
     from ..threads import default_threads
