@@ -7,7 +7,7 @@ Of a run with a memory of R bytes (`ram`), all in bytes:
 
     shared   = weights - experts                                attention, routers, norms, embeddings, output: they stay
     fixed    = shared + KV cache + scratch + program            program: Python and its libraries, page tables
-    slots    = (R - fixed) // expert, at most L E               experts in memory; all of them: the model fits
+    slots    = (R - fixed - SPARE) // expert, at most L E       experts in memory; all of them: the model fits
     hits     = slots / (L E)                                    routing is uniform, whatever the policy (LRU: 57 % for 4 of 8)
     missing  = L A (1 - hits) expert                            read from disk for a token
     seconds  = (shared of a token + keys and values) / memory + max(missing / disk, L A expert / memory)
@@ -18,6 +18,7 @@ and values count for a full context: fewer positions are faster. Shared of a tok
 The sizes are the packed store's own (`store/layout.py`); those of the KV cache and the scratch are counted as
 `model/kv_cache.py` and `model/state.py` allocate them, whose constants stand here once more because theirs come with Numba;
 a test holds them together. PROGRAM is measured: 145 MiB with compiled kernels at hand, 180 MiB more where they are compiled first.
+SPARE is what a run under a budget leaves free; the longer chunks that it may take for prompts are not counted.
 """
 
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from .store import open_store
 from .store.layout import MANIFEST, PAGE, PROGRESS, plan_store
 from .store.recipe import QUANTS, make_recipe, tensor_formats
 
-PROGRAM = 150 << 20
+PROGRAM, SPARE = 150 << 20, 48 << 20
 PAGE_TABLE = 512  # bytes of mapped memory for each byte of page table
 SHARE = 0.85  # of the read speeds of memory (measured: 79 to 101 %) and of the disk
 MEMORY_SPEED, DISK_SPEED = 20e9, 1e9  # bytes a second where nobody measured: two channels of DDR4, a plain SSD
@@ -180,13 +181,13 @@ def estimate(c: Config, sizes: Sizes, context: int, kv: str, ram: int, threads: 
     program = PROGRAM + (sizes.total + cache) // PAGE_TABLE
     fixed = sizes.shared + cache + scratch + program
     fewest = min(sizes.experts, c.n_active + 1)  # those at work in a layer, and one on its way
-    slots = max(0, min(sizes.experts, (ram - fixed) // sizes.expert))
+    slots = max(0, min(sizes.experts, (ram - fixed - SPARE) // sizes.expert))
     wanted = c.n_layers * c.n_active
     row = {
         "width": sizes.width, "context": context, "kv": kv,
         "weights": sizes.total, "shared": sizes.shared, "expert": sizes.expert, "experts": sizes.experts,
         "kv_cache": cache, "scratch": scratch, "program": program, "total": fixed + sizes.expert * sizes.experts,
-        "least": fixed + sizes.expert * fewest,
+        "least": fixed + SPARE + sizes.expert * fewest,
         "verdict": "fits" if slots == sizes.experts else "streams" if slots >= fewest else "too small",
         "experts_in_memory": slots, "hits": slots / sizes.experts, "disk_per_token": None, "tokens_per_s": None,
     }  # fmt: skip

@@ -117,8 +117,8 @@ def test_memory_of_a_run():
 
 
 def test_thresholds():
-    """With all the bytes of the plan a model fits, with one less it streams; with the least it streams, with one less it does not run."""
-    total, least = row()["total"], row()["least"]
+    """With all its bytes and some to spare a model fits, with one less it streams; with the least it streams, with one less it does not run."""
+    total, least = row()["total"] + planner.SPARE, row()["least"]
     assert (row(ram=total)["verdict"], row(ram=total)["hits"], row(ram=total)["disk_per_token"]) == ("fits", 1, 0)
     assert (row(ram=total - 1)["verdict"], row(ram=total - 1)["experts_in_memory"]) == ("streams", 255)
     assert (row(ram=least)["verdict"], row(ram=least)["experts_in_memory"]) == ("streams", 3)

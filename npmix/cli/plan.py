@@ -13,7 +13,7 @@ from .notices import compile_notice, escaped, size
 from .options import Choices, Number, Numbers, threads_option
 
 GIB = 1 << 30
-ANSWERS = {"fits": "all", "streams": "{hits:.0f} % of the experts", "too small": "no, it needs {least}"}
+ANSWERS = {"fits": "all", "streams": "{hits} % of the experts", "too small": "no, it needs {least}"}
 
 
 def _speed(value: float, source: str) -> str:
@@ -37,7 +37,7 @@ def _lines(found: dict):
             yield ""
             yield f"{row['context']:,} positions, KV cache {row['kv']} {size(row['kv_cache'])}, scratch {size(row['scratch'])}"
             yield _cells(first_column, head)
-        answer = ANSWERS[row["verdict"]].format(hits=100 * row["hits"], least=size(row["least"]))
+        answer = ANSWERS[row["verdict"]].format(hits=int(100 * row["hits"]), least=size(row["least"]))
         speed = ["", ""] if row["tokens_per_s"] is None else [size(row["disk_per_token"]), f"{row['tokens_per_s']:.3g}"]
         yield _cells(first_column, [_width(row), size(row["weights"]), size(row["total"]), answer, *speed])
 
