@@ -11,12 +11,12 @@ PACKAGE = ROOT / "npmix"
 
 # The first part of a module's name below npmix -> its layer. Imports go down, or stay inside a layer.
 LAYERS = {
-    "config": 0, "errors": 0, "formats": 0,
+    "config": 0, "errors": 0, "formats": 0, "budget": 0,
     "quant": 1, "kernels": 1,
     "checkpoint": 2,
     "store": 3,
     "model": 4, "tokenizer": 4, "chat": 4, "sampling": 4, "convert": 4, "threads": 4,
-    "engine": 5, "generate": 5, "stream": 5,
+    "engine": 5, "generate": 5, "stream": 5, "planner": 5,
     "benchmark": 6, "calibrate": 6, "evaluation": 6,
     "cli": 7, "__main__": 7,
 }  # fmt: skip
