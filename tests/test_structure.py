@@ -11,7 +11,7 @@ PACKAGE = ROOT / "npmix"
 
 # The first part of a module's name below npmix -> its layer. Imports go down, or stay inside a layer.
 LAYERS = {
-    "config": 0, "errors": 0, "formats": 0,
+    "config": 0, "errors": 0, "formats": 0, "budget": 0,
     "quant": 1, "kernels": 1,
     "checkpoint": 2,
     "store": 3,
