@@ -32,7 +32,7 @@ class Forward:
         self._row = np.zeros((1, self._width), np.float32)
         self.decode_team = self._alone if weights.bytes_per_token() < SMALL else self.team
         self.saturated = False  # a key or value did not fit float16
-        self._loaded = False
+        self._wanted, self._loaded = "all", False
 
     def load_kernels(self) -> None:
         """Prove the int8 kernels, compile the kernels or load them from the cache; the first token does it if nobody did before."""
@@ -73,7 +73,7 @@ class Forward:
         "later": none now, but `head` may be asked for any of them until something else is computed.
         """
         self._begin()
-        count = len(tokens)
+        count, self._wanted = len(tokens), wanted
         self.state.array(t.TOKENS)[:count] = tokens
         for layer in range(self.config.n_layers):
             final = layer == self.config.n_layers - 1
@@ -109,7 +109,7 @@ class Forward:
         (T, D), a view on the run state that the next call overwrites.
         """
         self._begin()
-        count, x = len(tokens), self.state.array(t.X)[:, : self.config.dim]
+        count, self._wanted, x = len(tokens), "all", self.state.array(t.X)[:, : self.config.dim]
         self.state.array(t.TOKENS)[:count] = tokens
         if layer:
             x[:count] = rows
