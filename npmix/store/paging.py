@@ -113,7 +113,8 @@ class Copy:
     """Memory of our own for a range of a file: what happens to the file later does not matter."""
 
     def __init__(self, nbytes: int):
-        self._map = mmap.mmap(-1, -(-nbytes // PAGE) * PAGE)
+        flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        self._map = mmap.mmap(-1, -(-nbytes // PAGE) * PAGE, **flags)  # not shared: huge pages
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a system without them
                 self._map.madvise(mmap.MADV_HUGEPAGE)

@@ -15,54 +15,19 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from ..errors import EngineError, NpmixError, StoreError
 from ..quant.tensor import Tensor
+from .disk_stats import DiskStats
 from .layout import PAGE
 from .paging import BEHIND, PIECE, Copy, Mapped, PlannedFile
 
 READERS = 4
 FADE = 1 / 16  # weight of the latest token in how often an expert is chosen
+STRETCH = 256 << 20  # bytes over which the disk's rate is measured
 WATCH_S = 0.5  # how often the memory that may be used is looked up
-
-
-@dataclass
-class DiskStats:
-    """Figures of what was read. Bytes are of weights; times in seconds.
-
-    bytes_read: from the start on. hits, misses: experts that were, or were not, in memory when the router chose them.
-    guesses_right, guesses_wrong: experts read ahead for a layer that then did, or did not, want them. waited_s,
-    waited_bytes: while computing stood still, and what was read meanwhile. rate: bytes a second of the weights that
-    all tokens need, read at the start. capacity, experts: how many experts the budget holds now, and how many there are.
-    """
-
-    bytes_read: int = 0
-    hits: int = 0
-    misses: int = 0
-    guesses_right: int = 0
-    guesses_wrong: int = 0
-    waited_s: float = 0.0
-    waited_bytes: int = 0
-    rate: float = 0.0
-    capacity: int = 0
-    experts: int = 0
-
-    @property
-    def share_of_rate(self) -> float:
-        """Of the disk's rate, what was had while computing stood still; 0 if it never did."""
-        return self.waited_bytes / self.waited_s / self.rate if self.waited_s and self.rate else 0.0
-
-    def since(self, before: "DiskStats") -> "DiskStats":
-        """What came after an earlier copy; rate, capacity and experts as they are now."""
-        now, then = asdict(self), asdict(before)
-        return DiskStats(**{k: v if k in ("rate", "capacity", "experts") else v - then[k] for k, v in now.items()})
-
-    def to_dict(self) -> dict:
-        """All figures as plain JSON values."""
-        return {**asdict(self), "share_of_rate": self.share_of_rate}
 
 
 class Unit:
@@ -102,7 +67,8 @@ class Residency:
         self._wanted: list[Unit] = []
         self._guessed: list[Unit] = []
         self._free: list[Copy] = []
-        self._held = self._ready = self._layer = 0
+        self._held = self._ready = self._layer = self._flying = 0
+        self._stretch = 0.0, 0  # when it began, bytes read at that time
         self._watched = -1e9
         c = self.config
         self._chosen = np.full((c.n_layers, c.n_experts), c.n_active / c.n_experts)
@@ -163,7 +129,7 @@ class Residency:
         """Read what all tokens need. Call when all shared tensors have been asked for."""
         for file in self._files.values():
             file.forget()  # headers brought more than themselves
-        start, units = self._clock(), list(self._shared.values())
+        units = list(self._shared.values())
         with self._changed:
             for unit in units:
                 unit.pinned, unit.memory = True, unit.memory or self._memory(unit)
@@ -173,7 +139,6 @@ class Residency:
         while left:
             self._wait(left[:1])
             left = [unit for unit in left if not unit.ready]
-        self.stats.rate = self.shared_bytes / max(self._clock() - start, 1e-9)
         self.stats.waited_s, self.stats.waited_bytes = 0.0, 0
 
     def _start(self) -> None:
@@ -334,10 +299,14 @@ class Residency:
         offset, nbytes = unit.asked, min(PIECE, unit.nbytes - unit.asked)
         unit.asked += nbytes
         unit.flying += 1
+        if self._flying == 0:
+            self._stretch = self._clock(), self.stats.bytes_read
+        self._flying += 1
         return unit, offset, nbytes
 
     def _landed(self, unit: Unit, nbytes: int, error: NpmixError | None) -> None:
         unit.flying -= 1
+        self._flying -= 1
         unit.error = unit.error or error
         if unit.error:
             if unit.flying == 0 and unit.layer >= 0:
@@ -345,11 +314,19 @@ class Residency:
         else:
             unit.landed += nbytes
             self.stats.bytes_read += nbytes
+            self._measure()
             if unit.ready and unit.layer >= 0:
                 self._ready += 1
                 self.placed(unit.layer, unit.expert, unit.memory.address)
                 self._forget_behind(unit)
         self._changed.notify_all()
+
+    def _measure(self) -> None:
+        start, before = self._stretch
+        seconds, nbytes = self._clock() - start, self.stats.bytes_read - before
+        if seconds > 0 and nbytes >= STRETCH:
+            self.stats.rate = max(self.stats.rate, nbytes / seconds)
+            self._stretch = self._clock(), self.stats.bytes_read
 
     # ---- memory -----------------------------------------------------------------------------------
 
