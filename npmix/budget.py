@@ -34,6 +34,7 @@ def parse(ram) -> int | float | str:
     Text: "8G", "8GiB" (K, M, G, T are powers of 1,024), "1.5G", "0.5", "auto". A bare number up to 1 is a share, above
     it bytes. Raises InputError for anything else.
     """
+    given = ram
     if isinstance(ram, str):
         text = ram.strip().upper()
         if text == "AUTO":
@@ -51,22 +52,29 @@ def parse(ram) -> int | float | str:
         ram = 1.0
     if (type(ram) is int and 1 < ram < UNLIMITED) or (type(ram) is float and 0 < ram <= 1):
         return ram
-    raise InputError(f'ram is {str(ram)[:40]!r}, expected a size such as "8G", a share of the memory from 0 to 1 such as 0.5, or "auto"')
+    raise InputError(f'ram is {str(given)[:40]!r}, expected a size such as "8G", a share of the memory from 0 to 1 such as 0.5, or "auto"')
+
+
+def in_bytes(ram) -> int:
+    """What `parse` takes, in bytes: "auto" is `permitted()` now, a share is of `total()`. InputError where the system tells neither."""
+    ram = parse(ram)
+    if isinstance(ram, int):
+        return ram
+    if total() == UNLIMITED:
+        raise InputError('this system does not say how much memory it has: give a size, such as "8G"')
+    return permitted() if ram == "auto" else int(ram * total())
 
 
 def allowance(ram) -> int:
     """Bytes that this whole process may use, of all kinds, mapped weights and libraries included.
 
-    ram: as `parse` takes it. "auto": `permitted()` now. A share: of `total()`. More than `total()` is refused; more than
-    what is permitted now is cut to that, with a warning. Raises InputError.
+    ram: as `parse` takes it, "auto": `permitted()` now. More than `total()` is refused; more than what is permitted now is
+    cut to that, with a warning. Raises InputError.
     """
-    ram, now, whole = parse(ram), permitted(), total()
-    if ram == "auto":
-        return now
-    wanted = int(ram * whole) if isinstance(ram, float) else ram
+    wanted, now, whole = in_bytes(ram), permitted(), total()
     if wanted > whole:
         raise InputError(f"ram is {_gib(wanted)}, this machine or its control group has {_gib(whole)}: give less, or auto")
-    if wanted > now:
+    if wanted > now and parse(ram) != "auto":
         warnings.warn(f"of the {_gib(wanted)} of memory asked for only {_gib(now)} can be had now: going on with that", stacklevel=2)
     return min(wanted, now)
 
@@ -154,14 +162,14 @@ def _memory() -> tuple[int, int]:
 
 
 def _machine() -> tuple[int, int]:
-    """(bytes of memory, bytes available now) without regard to control groups"""
+    """(bytes of memory, bytes available now) without regard to control groups; UNLIMITED if nobody says"""
     found = _fields(PROC / "meminfo", ("MemTotal", "MemAvailable"))
     if len(found) == 2:
         return found["MemTotal"], found["MemAvailable"]
     try:
         whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # Windows
-        raise InputError("this system does not say how much memory it has: leave ram out") from None
+        return UNLIMITED, UNLIMITED
     return whole, whole * 3 // 4
 
 

@@ -2,13 +2,7 @@
 
 One hard fact: weights stream through in pieces of a few megabytes, rounded by plain threads and
 written in order, so memory does not grow with the model. The pages of a tensor that has been read are handed back.
-
-    recipe    experts    wq wk wv wo, tok_embeddings, output    router       norms
-    q8        q8         q8 group 32                            as it was    f32
-    q6, q5    q6, q5     q8 group 32                           as it was    f32
-    q4 .. q2  q4 .. q2   q8 group 128                          as it was    f32
-    f16       f16        f16                                    as it was    f32
-    uniform   any        like the experts                      as it was    f32
+What becomes what: `store/recipe.py`.
 
 With an importance file (`store/importance.py`) an error of a weight counts as much as its input is large, and with second moments too
 (`store/moments.py`) later weights of a group make up for the errors of earlier ones, in formats with groups of 128 (q2, q3, q4). Formats
@@ -23,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from .checkpoint import open_checkpoint
-from .config import Config
 from .errors import ConversionError, InputError
 from .formats import DENSE, MOMENTS, PACKED, ROW_BLOCK, packed_bytes
 from .kernels import compensate, rounding
@@ -43,13 +36,13 @@ from .store.layout import (
     plan_store,
     tensor_table,
 )
-from .store.verify import is_finite, kind_of, verify_files, verify_finite, weigh
+from .store.recipe import make_recipe, tensor_formats
+from .store.verify import is_finite, verify_files, verify_finite, weigh
 from .store.weighting import Weighting
 from .store.writer import StoreWriter
 from .threads import default_threads
 
 PIECE_WEIGHTS = 1 << 20  # weights a thread rounds at a time: 4 MB of float32
-QUANTS = ("q8", "q6", "q5", "q4", "q3", "q2", "f16")
 LARGEST_F16 = 65504.0
 
 
@@ -59,32 +52,6 @@ class BadWeights(ConversionError):
     def __init__(self, found: str, advice: str = "get the checkpoint again, npmix converts finite weights only"):
         super().__init__(found)
         self.advice = advice
-
-
-def make_recipe(quant: str, uniform: bool = False) -> dict:
-    """What each kind of matrix is rounded to: {"name", "experts": [format, group], "matrices": [format, group]}."""
-    if quant not in QUANTS:
-        raise InputError(f"quant is {quant!r}, expected one of {', '.join(QUANTS)}")
-    if quant == "f16":
-        return {"name": quant, "experts": ["f16", 0], "matrices": ["f16", 0]}
-    experts = [quant, 32 if quant == "q8" else PACKED[quant].group]
-    fine = quant in ("q8", "q6", "q5")  # what costs little beside their experts would show beside so small an error
-    matrices = experts if uniform else ["q8", 32 if fine else PACKED["q8"].group]
-    return {"name": f"uniform {quant}" if uniform else quant, "experts": experts, "matrices": matrices}
-
-
-def tensor_formats(config: Config, recipe: dict, router_format) -> dict[str, tuple[str, int]]:
-    """Our name -> (format, group). router_format(name) -> the format in which the source has a router."""
-    out = {}
-    for name in config.tensor_shapes():
-        kind = kind_of(name)
-        if kind == "norms":
-            out[name] = ("f32", 0)
-        elif kind == "router":
-            out[name] = (router_format(name), 0)
-        else:
-            out[name] = tuple(recipe["experts" if kind == "experts" else "matrices"])
-    return out
 
 
 def formats_of(source, recipe: dict) -> dict[str, tuple[str, int]]:

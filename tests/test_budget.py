@@ -153,11 +153,13 @@ def test_own_counts_what_is_taken():
 
 
 def test_other_systems(monkeypatch, tmp_path):
-    """Without /proc the memory there is comes from sysconf, and where that is missing too it is said so."""
+    """Without /proc the memory there is comes from sysconf; where that is missing too a size counts and nothing else."""
     monkeypatch.setattr(budget, "PROC", tmp_path)
     pages = {"SC_PHYS_PAGES": 4096, "SC_PAGE_SIZE": 1 << 20}
     monkeypatch.setattr(budget.os, "sysconf", pages.__getitem__, raising=False)
     assert (budget.total(), budget.available()) == (4 * GIB, 3 * GIB) and budget.own() > 1 << 20
     monkeypatch.delattr(budget.os, "sysconf")
-    with pytest.raises(InputError, match="does not say how much memory"):
-        budget.allowance("auto")
+    for ram in ("auto", 0.5):
+        with pytest.raises(InputError, match="does not say how much memory"):
+            budget.allowance(ram)
+    assert budget.allowance("8G") == 8 * GIB

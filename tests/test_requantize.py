@@ -9,7 +9,7 @@ from make import TINY, tiny_arrays, tiny_hf
 
 from npmix import cli
 from npmix import convert as conversion
-from npmix.convert import QUANTS, as_float32, convert, verify
+from npmix.convert import as_float32, convert, verify
 from npmix.errors import ConversionError
 from npmix.formats import DENSE, PACKED
 from npmix.quant.pack import dequantize, pack
@@ -147,6 +147,7 @@ def test_command(tmp_path):
     from click.testing import CliRunner
 
     from npmix.cli.convert import QUANTS as offered
+    from npmix.store.recipe import QUANTS
 
     assert set(offered) == set(QUANTS) == {*PACKED, "f16"} and "f16" in DENSE
     store = convert(tiny_hf(tmp_path / "hf"), tmp_path / "q8", "q8")

@@ -22,6 +22,7 @@ COMMANDS = {
     "calibrate": ("calibrate", "calibrate", "Measure on a text which inputs of a model's matrices are large."),
     "verify": ("convert", "verify", "Check a packed store against its digests."),
     "info": ("info", "info", "Show a model's config, weights by kind and sizes."),
+    "plan": ("plan", "plan", "Show what a model takes of memory in every width, and how fast it would run."),
     "warmup": ("warmup", "warmup", "Compile the kernels ahead of the first run."),
     "evaluate": ("evaluate", "evaluate", "Measure perplexity on a text, and the divergence from a base model."),
     "bench": ("bench", "bench", "Measure start, prefill and decode against the machine's ceilings."),

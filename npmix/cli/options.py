@@ -50,6 +50,24 @@ class Numbers(click.ParamType):
         return tuple(sorted(set(numbers)))
 
 
+class Choices(click.ParamType):
+    """Some of a few words, with commas between: q3,q4. The value is a tuple in the order of the words, each once."""
+
+    name = "x,x"
+
+    def __init__(self, words):
+        self.words = tuple(words)
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, tuple):
+            return value
+        given = value.split(",")
+        for word in given:
+            if word not in self.words:
+                self.fail(f"{word!r} is none of {', '.join(self.words)}; several with commas between.", param, ctx)
+        return tuple(word for word in self.words if word in given)
+
+
 def model_option(command):
     """-m: the folder of the model."""
     help = "Hugging Face folder or packed store.  [default: the bundled model]"

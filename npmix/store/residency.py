@@ -22,28 +22,13 @@ from ..errors import EngineError, NpmixError, StoreError
 from ..quant.tensor import Tensor
 from .disk_stats import DiskStats
 from .layout import PAGE
-from .paging import BEHIND, PIECE, Copy, Mapped, PlannedFile
+from .paging import BEHIND, PIECE, Copy, Mapped
+from .units import Unit, units_of
 
 READERS = 4
 FADE = 1 / 16  # weight of the latest token in how often an expert is chosen
 STRETCH = 256 << 20  # bytes over which the disk's rate is measured
 WATCH_S = 0.5  # how often the memory that may be used is looked up
-
-
-class Unit:
-    """A run of bytes of one file that comes as a whole: an expert, or what all tokens need of a file."""
-
-    def __init__(self, layer: int, expert: int, file: PlannedFile, start: int, end: int):
-        self.layer, self.expert, self.file, self.start, self.nbytes = layer, expert, file, start, end - start
-        self.memory: Copy | Mapped | None = None
-        self.asked = self.landed = 0  # bytes of the pieces given to readers, and of those that are there
-        self.flying = 0  # pieces being read
-        self.pinned = self.expected = self.ahead = False  # ahead: read because of a guess
-        self.error: NpmixError | None = None
-
-    @property
-    def ready(self) -> bool:
-        return self.landed >= self.nbytes
 
 
 class Residency:
@@ -63,7 +48,9 @@ class Residency:
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
         self._stopped = self._whole = False
-        self._files: dict[str, PlannedFile] = {}
+        self._units = units_of(store)
+        self._shared, self._experts = self._units.shared, self._units.experts
+        self.stats.experts = len(self._experts)
         self._wanted: list[Unit] = []
         self._guessed: list[Unit] = []
         self._free: list[Copy] = []
@@ -72,34 +59,6 @@ class Residency:
         self._watched = -1e9
         c = self.config
         self._chosen = np.full((c.n_layers, c.n_experts), c.n_active / c.n_experts)
-        try:
-            self._units()
-        except BaseException:
-            self._close_files()
-            raise
-
-    def _units(self) -> None:
-        """Every tensor's unit. What is shared lies in one run before or after a file's experts."""
-        shared: dict[str, list[int]] = {}
-        experts: dict[tuple[int, int], list] = {}
-        self._extents = {name: self.store.extent(name) for name in self.config.tensor_shapes()}
-        for name, (file, start, nbytes) in self._extents.items():
-            parts = name.split(".")
-            place = experts.setdefault((int(parts[1]), int(parts[3])), [file]) if len(parts) == 5 else shared.setdefault(file, [])
-            place += [start, start + nbytes]
-            if file not in self._files:
-                self._files[file] = PlannedFile(self.store.path / file)
-        self._shared = {file: self._unit(-1, -1, file, ends) for file, ends in shared.items()}
-        self._experts = {key: self._unit(*key, ends[0], ends[1:]) for key, ends in experts.items()}
-        for unit in [*self._shared.values(), *self._experts.values()]:
-            if any(u is not unit and u.file is unit.file and u.start < unit.start + unit.nbytes and unit.start < u.start + u.nbytes
-                   for u in [*self._shared.values(), *(self._experts[key] for key in self._experts if key[0] == unit.layer)]):  # fmt: skip
-                raise StoreError(f"{unit.file.path}: weights lie in an order that cannot be read by expert; convert again")
-        self.stats.experts = len(self._experts)
-
-    def _unit(self, layer: int, expert: int, file: str, ends: list[int]) -> Unit:
-        start = min(ends) // PAGE * PAGE
-        return Unit(layer, expert, self._files[file], start, max(ends))
 
     @property
     def shared_bytes(self) -> int:
@@ -117,7 +76,7 @@ class Residency:
         tensor = self.store.tensor(name)
         if name == "output" and self.config.tied_embeddings:
             name = "tok_embeddings"
-        file, start, nbytes = self._extents[name]
+        file, start, nbytes = self._units.extents[name]
         if self.load == "map" or name.endswith("norm") or ".experts." in name:
             return tensor
         unit = self._shared[file]
@@ -127,7 +86,7 @@ class Residency:
 
     def begin(self) -> None:
         """Read what all tokens need. Call when all shared tensors have been asked for."""
-        for file in self._files.values():
+        for file in self._units.files.values():
             file.forget()  # headers brought more than themselves
         units = list(self._shared.values())
         with self._changed:
@@ -169,7 +128,7 @@ class Residency:
     def check(self) -> None:
         """StoreError if a mapped file is not what it was: computing on it could kill the process, or be wrong."""
         if self.load == "map":
-            for file in self._files.values():
+            for file in self._units.files.values():
                 file.check()
 
     def arrive(self, layer: int, experts: list[int], guesses: list[int]):
@@ -417,8 +376,4 @@ class Residency:
         for unit in [*self._shared.values(), *self._experts.values()]:
             unit.memory = None
         self._free = []
-        self._close_files()
-
-    def _close_files(self) -> None:
-        for file in self._files.values():
-            file.close()
+        self._units.close()
