@@ -40,9 +40,11 @@ class StreamingForward(Forward):
                 return super()._decode(token, position, logits)
         choice = self.state.array(t.SCRATCH)[0, self.state.m[t.S_CHOICE] :][: 4 * active].view(np.int32)
         for layer in range(layers):
+            self.residency.check()
             self._decode_part(token, position, layer, layer + 1, 0, t.ROUTE)
             experts = choice.tolist()
             self._decode_experts(token, position, layer, experts)
+        self.residency.check()
         self._decode_part(token, position, layers, layers, logits)
 
     def _decode_experts(self, token: int, position: int, layer: int, experts: list[int]) -> None:
@@ -59,6 +61,7 @@ class StreamingForward(Forward):
                 return super()._prefill(count, position, layer, skip)
         if layer == 0 and count * c.n_active >= 2 * c.n_experts:  # nearly all will be needed
             self.residency.expect(0, list(range(c.n_experts)))
+        self.residency.check()
         super()._prefill(count, position, layer, skip, t.ROUTE)
         starts = self.state.array(t.STARTS)
         experts = np.flatnonzero(np.diff(starts)).tolist()
@@ -68,6 +71,10 @@ class StreamingForward(Forward):
         with closing(self.residency.arrive(layer, experts, self._guesses(layer, first, count))) as arrivals:
             for some, last in arrivals:
                 super()._prefill(count, position, layer, skip, self._todo(some, last))
+
+    def _head(self, first: int, count: int) -> np.ndarray:
+        self.residency.check()
+        return super()._head(first, count)
 
     def _whole(self) -> None:
         self.state.array(t.TODO)[:] = np.arange(self.config.n_experts)

@@ -47,7 +47,7 @@ class Residency:
         self._clock, self._pid = clock, os.getpid()
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
-        self._stopped = self._whole = False
+        self._stopped = self._whole = self._guess = False
         self._units = units_of(store)
         self._shared, self._experts = self._units.shared, self._units.experts
         self.stats.experts = len(self._experts)
@@ -146,8 +146,7 @@ class Residency:
             while left:
                 ready = self._wait(left)[: max(1, self.stats.capacity // 4)]
                 left = [unit for unit in left if unit not in ready]
-                if self.load == "map":
-                    ready[0].file.check()
+                self.check()
                 yield [unit.expert for unit in ready], not left
                 self._unpin(ready)
         finally:
@@ -156,7 +155,7 @@ class Residency:
     def expect(self, layer: int, experts: list[int]) -> None:
         """Read these ahead, before anything is known."""
         with self._changed:
-            self._expect(layer, experts)
+            self._expect(layer, experts, False)
             self._changed.notify_all()
 
     def _plan(self, layer: int, units: list[Unit], guesses: list[int]) -> None:
@@ -174,10 +173,11 @@ class Residency:
             stats.hits += unit.ready
             stats.misses += not unit.ready
         self._wanted = [unit for unit in units if not unit.ready]
-        self._expect(layer + 1, guesses if self.guessing else [])
+        self._expect(layer + 1, guesses if self.guessing else [], True)
         self._changed.notify_all()
 
-    def _expect(self, layer: int, experts: list[int]) -> None:
+    def _expect(self, layer: int, experts: list[int], guess: bool) -> None:
+        self._guess = guess
         for unit in self._guessed:
             unit.expected = False
         self._guessed = [self._experts[layer, expert] for expert in experts]
@@ -243,7 +243,7 @@ class Residency:
         for unit in self._guessed:
             if unit.asked < unit.nbytes and not unit.error:
                 if unit.memory or self._room(True) and self._give(unit):
-                    unit.ahead = True
+                    unit.ahead = self._guess
                     return self._piece(unit)
         if self._held < self.stats.capacity and self._held < len(self._experts):
             for unit in self._experts.values():
