@@ -11,8 +11,10 @@ import warnings
 
 import numpy as np
 
+from .budgeted import open_forward
 from .config import Config
 from .errors import ContextError, EngineError, InputError
+from .kernels.tables import CHUNK
 from .model.forward import Forward
 from .model.kv_cache import DTYPES, position_bytes
 from .model.weights import Weights
@@ -30,10 +32,15 @@ class Engine:
 
     path: a packed store or a Hugging Face folder. threads: default the physical cores this process may use.
     context: positions of the KV cache, default the smaller of the model's maximum and 4,096. chunk: tokens of a
-    prefill step. kv: "f16", "f32" or "q8" (8 bits). Raises NpmixError subclasses for whatever is wrong with them.
+    prefill step. kv: "f16", "f32" or "q8" (8 bits). ram: memory for the whole process ("8G", bytes, a share of what
+    the machine has, "auto"), for a packed store; experts that do not fit are read when they are wanted. load: "map" uses
+    the pages of the mapped files, "read" copies (the default with `ram`), so that nothing that happens to the files
+    later can matter. guess: read ahead what the next layer will want. Raises NpmixError subclasses for whatever is
+    wrong with them.
     """
 
-    def __init__(self, path, *, threads: int | None = None, context: int | None = None, chunk: int | None = None, kv: str = "f16"):
+    def __init__(self, path, *, threads: int | None = None, context: int | None = None, chunk: int | None = None, kv: str = "f16",
+                 ram=None, load: str | None = None, guess: bool = True):  # fmt: skip
         self.source = open_source(path)
         try:
             self.config: Config = self.source.config
@@ -44,7 +51,13 @@ class Engine:
             if not isinstance(kv, str) or kv not in DTYPES:
                 raise InputError(f"kv is {kv!r}, expected one of {', '.join(DTYPES)}")
             self.kv = kv
-            self._forward = Forward(Weights(self.source), self.context, self.chunk, kv, self.threads)
+            if ram is None and load in (None, "map"):
+                self._forward = Forward(Weights(self.source), self.context, self.chunk, kv, self.threads)
+            else:
+                longest = self.context if chunk is None else self.chunk
+                options = self.context, self.chunk, longest, kv, self.threads
+                self._forward = open_forward(self.source, ram, load, guess, *options)
+                self.chunk = int(self._forward.state.m[CHUNK])
         except MemoryError as error:
             self.source.close()
             raise EngineError(f"not enough memory for a context of {self.context}: {error}; choose a smaller one") from None
@@ -173,6 +186,12 @@ class Engine:
         """Bytes: KV cache, scratch buffers (both anonymous), and mapped weights."""
         self._usable()
         return {"kv_cache": self._forward.cache.nbytes, "scratch": self._forward.state.nbytes, "weights": self._weight_bytes()}
+
+    @property
+    def residency(self):
+        """What holds the weights under a memory budget (`store.residency.Residency`); None without one."""
+        self._usable()
+        return getattr(self._forward, "residency", None)
 
     def bytes_per_token(self) -> int:
         """Bytes of weights that one decoded token reads."""

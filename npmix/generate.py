@@ -28,17 +28,20 @@ MAX_SEED = (1 << 64) - 1
 MAX_STOPS, MAX_STOP_LENGTH = 64, 1024
 
 
-def load(path=None, *, threads: int | None = None, context: int | None = None, chunk: int | None = None, kv: str = "f16") -> "Model":
+def load(path=None, *, threads: int | None = None, context: int | None = None, chunk: int | None = None, kv: str = "f16",
+         ram=None, load: str | None = None) -> "Model":  # fmt: skip
     """Open a model: a Hugging Face folder or a packed store; without a path the small one that npmix brings.
 
     threads: default the physical cores. context: positions of the KV cache, default the smaller of the model's maximum and
     4096. chunk: prompt tokens computed at once. kv: "f16", "f32" or "q8" (8 bits), how keys and values are kept.
+    ram: memory for the whole process, as "8G", bytes, a share of what the machine has, or "auto"; experts that do not fit are
+    read from the packed store when they are wanted. load: "map" or "read" the weights; see `Engine`.
     Raises a NpmixError that says what is wrong with the folder or an option.
     """
     bundled = path is None or Path(path).resolve() == BUNDLED
     if path is None and not (BUNDLED / "npmix.json").exists():
         raise StoreError(f"this installation of npmix lacks its bundled model in {BUNDLED}: install it again, or give a model's folder")
-    engine = Engine(BUNDLED if path is None else path, threads=threads, context=context, chunk=chunk, kv=kv)
+    engine = Engine(BUNDLED if path is None else path, threads=threads, context=context, chunk=chunk, kv=kv, ram=ram, load=load)
     try:
         file = engine.source.tokenizer_path
         tokenizer = Tokenizer.for_model(file, engine.config) if file else None

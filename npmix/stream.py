@@ -16,6 +16,7 @@ import numpy as np
 
 from .errors import EngineError
 from .sampling import Sampling, sample
+from .store.disk_stats import DiskStats
 
 
 @dataclass
@@ -25,7 +26,8 @@ class Stats:
     stop_reason: "eos", "length" (max_tokens reached), "stop" (a stop string), "context" (the KV cache is full),
     "cancelled" (closed or interrupted), None while it runs. ids: all generated ids, the eos included.
     cached_tokens: prompt tokens that were in the KV cache already (sessions). first_token_s: from the first `next`
-    to the first id, prefill included. decode_s: for all ids after the first. seed: None when greedy.
+    to the first id, prefill included. decode_s: for all ids after the first. seed: None when greedy. disk: what was read
+    meanwhile (`store.disk_stats.DiskStats`) under a memory budget.
     """
 
     prompt_tokens: int = 0
@@ -36,6 +38,7 @@ class Stats:
     stop_reason: str | None = None
     seed: int | None = None
     ids: list[int] = field(default_factory=list)
+    disk: DiskStats | None = None
 
     @property
     def generated_tokens(self) -> int:
@@ -54,6 +57,7 @@ class Stats:
         """All figures as plain JSON values."""
         return {
             **asdict(self),
+            "disk": self.disk and self.disk.to_dict(),
             "generated_tokens": self.generated_tokens,
             "prompt_tokens_per_s": self.prompt_tokens_per_s,
             "decode_tokens_per_s": self.decode_tokens_per_s,
@@ -260,6 +264,8 @@ class Stream:
             if stats.stop_reason is not None:  # closed while it waited
                 model.turns.give(self._mark)
                 return None
+        residency = model.engine.residency
+        read_before = residency and residency.stats.copy()
         with model.turns.running():
             if not model.turns.hand_over(self._mark):  # a stream may be handed to another thread
                 return None
@@ -270,6 +276,8 @@ class Stream:
                 stats.prefill_s = time.perf_counter() - before
             else:
                 logits = model.step(stats.ids[-1])
+        if residency:
+            stats.disk = residency.stats.since(read_before, stats.disk)
         id = self._choose(logits)
         elapsed = time.perf_counter() - start
         if stats.ids:

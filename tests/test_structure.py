@@ -16,7 +16,7 @@ LAYERS = {
     "checkpoint": 2,
     "store": 3,
     "model": 4, "tokenizer": 4, "chat": 4, "sampling": 4, "convert": 4, "threads": 4,
-    "engine": 5, "generate": 5, "stream": 5, "planner": 5,
+    "budgeted": 5, "engine": 5, "generate": 5, "stream": 5, "planner": 5,
     "benchmark": 6, "calibrate": 6, "evaluation": 6,
     "cli": 7, "__main__": 7,
 }  # fmt: skip

@@ -127,6 +127,10 @@ class SafetensorsFile:
         entry = self.entries[name]
         return self._bytes[entry.start : entry.start + entry.nbytes].view(DTYPES[entry.dtype][1]).reshape(entry.shape)
 
+    def range(self, start: int, nbytes: int) -> np.ndarray:
+        """Any bytes of the file as a read-only view."""
+        return self._bytes[start : start + nbytes]
+
     def release(self, start: int, nbytes: int) -> None:
         """Tell the system that these bytes of the file will not be needed soon (a hint, Linux and macOS)."""
         first = start - start % mmap.PAGESIZE

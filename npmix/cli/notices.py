@@ -37,6 +37,64 @@ def compile_notice(quiet: bool = False):
         stop()
 
 
+class DiskNotice:
+    """What is read while computing waits for it, once no text has come for a second; on a terminal behind the text, else every ten seconds."""
+
+    def __init__(self, clock=time.monotonic, stream=None):
+        self._clock, self._stream = clock, stream or sys.stderr
+        self._live = self._stream.isatty()
+        self._last = self._shown = clock()
+        self._drawn = False
+        self._before = None
+
+    def waiting(self, stats) -> None:
+        """Call while it waits, as often as you like."""
+        now = self._clock()
+        if self._before is None:
+            self._before = now, stats.bytes_read
+        if now - self._last < (1.0 if self._live else 10.0) or now - self._shown < (0.3 if self._live else 10.0):
+            return
+        seconds, nbytes = now - self._before[0], stats.bytes_read - self._before[1]
+        text = f"reading experts: {size(nbytes)} in {duration(seconds)}"
+        self._shown = now
+        if self._live:  # behind the text: the place is kept, and at the line's end the rest is cut off rather than scrolled
+            self._stream.write(f"\x1b7\x1b[?7l [{text}]\x1b[K\x1b[?7h\x1b8")
+            self._drawn = True
+        else:
+            self._stream.write(f"npmix: {text}\n")
+        self._stream.flush()
+
+    def arrived(self) -> None:
+        """Call before text is written."""
+        self._last, self._before = self._clock(), None
+        if self._drawn:
+            self._stream.write("\x1b[K")
+            self._stream.flush()
+            self._drawn = False
+
+
+@contextmanager
+def disk_notice(model, interrupts, quiet: bool):
+    """Within this block, say what is read while a model with a memory budget waits, and let Ctrl-C end the wait; yields `arrived`."""
+    residency = model.engine.residency
+    if residency is None:
+        yield lambda: None
+        return
+    notice = DiskNotice()
+
+    def waiting(stats):
+        interrupts.check()
+        if not quiet:
+            notice.waiting(stats)
+
+    residency.on_wait = waiting
+    try:
+        yield notice.arrived
+    finally:
+        residency.on_wait = None
+        notice.arrived()
+
+
 def size(count: float) -> str:
     """Bytes for people, in powers of 1,000: 512 B, 8.6 MB, 26.30 GB."""
     if count < 1000:

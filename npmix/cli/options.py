@@ -92,6 +92,14 @@ def engine_options(command):
     return threads_option(command)
 
 
+def memory_options(command):
+    """How much memory may be used, and how weights get into it."""
+    ram = "Memory for everything, as 8G, 0.5 (of what there is) or auto; experts that do not fit are read when wanted."
+    load = "Map the weights or copy them.  [default: map, with --ram read]"
+    command = click.option("--load", type=click.Choice(["map", "read"]), help=load)(command)
+    return click.option("--ram", metavar="SIZE", help=ram)(command)
+
+
 def utf8(data: bytes, where: str) -> str:
     """Bytes as text; an InputError names the first byte that is not UTF-8."""
     try:

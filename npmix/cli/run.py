@@ -13,8 +13,8 @@ import click
 from .. import __version__
 from ..errors import InputError
 from .interrupts import INTERRUPTED, Interrupts
-from .notices import compile_notice, say
-from .options import Number, engine_options, model_option, read_text
+from .notices import compile_notice, disk_notice, say
+from .options import Number, engine_options, memory_options, model_option, read_text
 from .output import figures, follow, write
 
 SEED = click.IntRange(0, (1 << 64) - 1)
@@ -59,11 +59,12 @@ def sampling_options(command):
 @click.option("--chat", is_flag=True, help="The prompt is a question to an instruct model.")
 @sampling_options
 @engine_options
+@memory_options
 @click.option("--echo", is_flag=True, help="Print the prompt before the text.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with text, ids, stop reason and timings.")
 @click.option("--quiet", is_flag=True, help="Nothing on stderr but errors and warnings.")
 @click.version_option(__version__, message="npmix %(version)s")
-def run(prompt, model, file, chat, threads, context, chunk, kv, echo, as_json, quiet, **sampling):
+def run(prompt, model, file, chat, threads, context, chunk, kv, ram, load, echo, as_json, quiet, **sampling):
     """Print the text that a model continues or answers a prompt with.
 
     PROMPT comes from the argument, from --file or from standard input. With none of them on a terminal a session starts:
@@ -79,7 +80,8 @@ def run(prompt, model, file, chat, threads, context, chunk, kv, echo, as_json, q
         sys.stdout.reconfigure(encoding="utf-8", newline="\n")
     import npmix
 
-    with compile_notice(quiet), npmix.load(model, threads=threads, context=context, chunk=chunk, kv=kv) as loaded:
+    options = {"threads": threads, "context": context, "chunk": chunk, "kv": kv, "ram": ram, "load": load}
+    with compile_notice(quiet), npmix.load(model, **options) as loaded:
         if text is None:
             from .session import converse
 
@@ -96,10 +98,12 @@ def run_once(model, prompt, chat, settings, echo, as_json, quiet):
     pieces = [prompt] if echo else []
     if echo and not as_json:
         write(prompt)
-    for piece in follow(stream, interrupts):
-        pieces.append(piece)
-        if not as_json:
-            write(piece)
+    with disk_notice(model, interrupts, quiet) as arrived:
+        for piece in follow(stream, interrupts):
+            arrived()
+            pieces.append(piece)
+            if not as_json:
+                write(piece)
     if as_json:
         write(json.dumps(report(model, "".join(pieces), stream.stats)) + "\n")
     elif pieces and not pieces[-1].endswith("\n"):

@@ -9,7 +9,7 @@ import click
 
 from ..errors import ContextError
 from .interrupts import INTERRUPTED, Interrupts
-from .notices import say
+from .notices import disk_notice, say
 from .output import figures, follow, write
 
 PROMPT = "> "
@@ -46,8 +46,10 @@ def turn(session, line: str, settings: dict, quiet: bool) -> None:
     interrupts = Interrupts()
     stream = session.send(line, **settings, on_progress=interrupts.check)
     last = "\n"
-    for last in follow(stream, interrupts):
-        write(last)
+    with disk_notice(session.model, interrupts, quiet) as arrived:
+        for last in follow(stream, interrupts):
+            arrived()
+            write(last)
     if not last.endswith("\n"):
         write("\n")
     if not quiet:

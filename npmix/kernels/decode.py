@@ -20,6 +20,7 @@ from .phases import (
     blocks_of,
     end_phase,
     expert_units,
+    guess,
     head_row,
     keys_of,
     norm_and_check,
@@ -40,14 +41,20 @@ HEAD_UNIT = 32  # row blocks of the output matrix
 
 
 @njit(inline=True)
-def decode(mm, embed, attend_block, put_key, put_value, m, layers, token, position, first, last, logits, index, members):
-    """Layers first..last of one token; it is embedded when first is 0; `logits`: where to write them, or 0."""
-    if first == 0 and index == 0:
+def decode(mm, embed, attend_block, put_key, put_value, m, layers, token, position, first, last, logits, part, index, members):
+    """Layers first..last of one token; it is embedded when first is 0; `logits`: where to write them, or 0. part: of each layer (`tables.ROUTE`).
+
+    A part finds what the ones before left in the members' scratch, so the same team must run them.
+    """
+    if first == 0 and part <= ROUTE and index == 0:
         embed(m[EMBEDDINGS], token, m[DIM], m[X], scratch(m, S_PANEL, index))
     end_phase(m, T_EMBED, index, members)
     for layer in range(first, last):
-        attention(mm, attend_block, put_key, put_value, m, layers, layer, layer - first, position, index, members)
-        feed_forward(mm, m, layers, layer, layer - first, index, members)
+        if part <= ROUTE:
+            attention(mm, attend_block, put_key, put_value, m, layers, layer, layer - first, position, index, members)
+            choose_experts(mm, m, layers, layer, part, index, members)
+        if part != ROUTE:
+            experts(mm, m, layers, layer, layer - first, part, index, members)
     if logits:
         head(mm, m, logits, index, members)
 
@@ -118,27 +125,35 @@ def blocks(attend_block, m, layer, round, position, index, members):
 
 
 @njit(inline=True)
-def feed_forward(mm, m, layers, layer, round, index, members):
-    """Router, then the chosen experts: gate and up with SwiGLU in units, down in row blocks, summed in expert order."""
-    row, act = scratch(m, S_ROW, index), scratch(m, S_ACT, index)
-    experts, active = scratch(m, S_CHOICE, index), m[N_ACTIVE]
-    weights = experts + 4 * active
+def choose_experts(mm, m, layers, layer, part, index, members):
+    """Norm, router, quantised row; every member has its own."""
+    row, act, experts = scratch(m, S_ROW, index), scratch(m, S_ACT, index), scratch(m, S_CHOICE, index)
     norm_and_check(m, m[X], layers[layer, FFN_NORM], layer + 1, row)
-    route(mm, m, layers, layer, row, scratch(m, S_LOGITS, index), experts, weights)
+    route(mm, m, layers, layer, row, scratch(m, S_LOGITS, index), experts, experts + 4 * m[N_ACTIVE])
     quantise_row(row, m[DIM], m[GROUP_0 + layers[layer, GATE_SLOT]], act)
+    if part == ROUTE and index == 0:
+        guess(mm, m, layers, layer, m[X], row, scratch(m, S_LOGITS, index), m[GUESS])
+
+
+@njit(inline=True)
+def experts(mm, m, layers, layer, round, part, index, members):
+    """The chosen experts: gate and up with SwiGLU in units, down in row blocks, summed in expert order."""
+    act, active, experts = scratch(m, S_ACT, index), m[N_ACTIVE], scratch(m, S_CHOICE, index)
+    weights = experts + 4 * active
+    todo = part // PART if part else active
     hidden, down = m[HIDDEN_DIM], layers[layer, DOWN_SLOT]
     units = (hidden + EXPERT_UNIT - 1) // EXPERT_UNIT
     group = m[GROUP_0 + down]
     h_bytes = act_bytes(hidden, group)
     gate, up = scratch(m, S_GATE, index), scratch(m, S_UP, index)
-    runs = active * units * 3 // 4 // RUN  # each jump to another place in memory costs a microsecond, uneven ends cost more
-    items = active * units - runs * (RUN - 1)
+    runs = todo * units * 3 // 4 // RUN  # each jump to another place in memory costs a microsecond, uneven ends cost more
+    items = todo * units - runs * (RUN - 1)
     item = take(m, COUNT_GATE, items, round, members)
     while item < items:
         unit = item * RUN if item < runs else item + runs * (RUN - 1)
         end = unit + (RUN if item < runs else 1)
         while unit < end:
-            a, first = unit // units, unit % units
+            a, first = get_i32(m[TODO] + 4 * (unit // units)), unit % units
             count = min(end - unit, units - first)
             expert_units(mm, m, layers, layer, get_i32(experts + 4 * a), first, count, act, ONE, gate, up, NONE)
             for i in range(count):
@@ -150,10 +165,11 @@ def feed_forward(mm, m, layers, layer, round, index, members):
     item = take(m, COUNT_DOWN, units, round, members)
     while item < units:
         begin, end = item * UNIT, min(item * UNIT + UNIT, blocks_of(m[DIM]))
-        for a in range(active):
+        for i in range(todo):
+            a = get_i32(m[TODO] + 4 * i)
             w = layers[layer, EXPERTS + 3 * get_i32(experts + 4 * a) + 2]
             mm(down, w, m[DIM], hidden, begin, end, m[H_ACTS] + a * h_bytes, ONE, m[Y] + a * y_bytes, NONE, NONE)
-        for k in range(64 * begin, 64 * end, 64):
+        for k in range(64 * begin, 64 * end if part == 0 or part & SUM else 0, 64):
             total = splat_f32(F(0.0))
             for a in range(active):
                 total = fma(splat_f32(get_f32(weights + 4 * a)), load_f32(m[Y] + a * y_bytes + k), total)

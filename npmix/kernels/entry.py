@@ -23,7 +23,7 @@ DECODE, PREFILL, HEAD = range(3)
 @functools.lru_cache(maxsize=None)
 def entry(slots, embeddings, kv):
     """The kernel of a model with these slots (`phases.matmul_by_slot`), embeddings (`rows.embedder`) and KV cache:
-    (work, m, layers, a, b, c, d, e, index, members).
+    (work, m, layers, a, b, c, d, e, part, index, members); part: of each layer (`tables.ROUTE`), unused by HEAD.
 
     work DECODE: token, position, first layer, last layer, address of the logits or 0 (`decode.decode`).
     work PREFILL: tokens, position, layer, skip, unused (`prefill.prefill`).
@@ -33,12 +33,12 @@ def entry(slots, embeddings, kv):
     put_key, put_value = cache_rows(kv)
 
     @njit(entry=f"{slots} {embeddings} {kv}")
-    def run(work, m, layers, a, b, c, d, e, index, members):
+    def run(work, m, layers, a, b, c, d, e, part, index, members):
         start_clock(m, index)
         if work == DECODE:
-            decode(mm, embed, attend_block, put_key, put_value, m, layers, a, b, c, d, e, index, members)
+            decode(mm, embed, attend_block, put_key, put_value, m, layers, a, b, c, d, e, part, index, members)
         elif work == PREFILL:
-            prefill(mm, embed, attend_block, put_key, put_value, m, layers, a, b, c, d, index, members)
+            prefill(mm, embed, attend_block, put_key, put_value, m, layers, a, b, c, d, part, index, members)
         else:
             head(mm, m, a, b, c, d, index, members)
 
@@ -49,4 +49,4 @@ def load(run, formats: set[str]) -> None:
     """Compile an entry, or load it from the disk cache, before its first call. formats: those of the model's weights."""
     if not DISABLED:
         prove(tuple(sorted(name for name in formats if name in PACKED and PACKED[name].values)))
-        run.compile((i64, i64[::1], i64[:, ::1]) + (i64,) * 7)
+        run.compile((i64, i64[::1], i64[:, ::1]) + (i64,) * 8)

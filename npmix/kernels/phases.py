@@ -159,6 +159,14 @@ def route(mm, m, layers, layer, row, logits, experts, weights):
 
 
 @njit
+def guess(mm, m, layers, layer, x, row, logits, experts):
+    """The experts of the next layer by its router on this layer's hidden state (Eliseev & Mazur 2023, arXiv 2312.17238)."""
+    if layer + 1 < m[N_LAYERS]:
+        rms_norm(x, layers[layer + 1, FFN_NORM], m[DIM], blocks_of(m[DIM]) * 16, get_f32(m[NUMBERS]), row)
+        route(mm, m, layers, layer + 1, row, logits, experts, experts + 4 * m[CHUNK] * m[N_ACTIVE])
+
+
+@njit
 def expert_units(mm, m, layers, layer, expert, unit, count, acts, tokens, gate, up, panel):
     """`count` units of EXPERT_UNIT rows of one expert's w_gate and w_up with SwiGLU: float32 (tokens, count * EXPERT_UNIT) at `gate`,
     zero past hidden_dim."""

@@ -23,6 +23,7 @@ from .phases import (
     blocks_of,
     end_phase,
     expert_units,
+    guess,
     head_row,
     keys_of,
     norm_and_check,
@@ -42,18 +43,22 @@ QUERY_ROWS = 64  # query rows (tokens x heads of one kv head) a member takes at 
 
 
 @njit(inline=True)
-def prefill(mm, embed, attend_block, put_key, put_value, m, layers, tokens, position, layer, skip, index, members):
-    """One layer of the chunk in TOKENS, whose first token stands at `position`. Layer 0 embeds. Counters must be 0."""
-    if layer == 0:
+def prefill(mm, embed, attend_block, put_key, put_value, m, layers, tokens, position, layer, skip, part, index, members):
+    """One layer, or a part of it (`tables.ROUTE`), of the chunk in TOKENS, whose first token stands at `position`. Layer 0 embeds.
+    Counters must be 0.
+    """
+    if layer == 0 and part <= ROUTE:
         for t in range(index, tokens, members):
             token, at = get_i32(m[TOKENS] + 4 * t), m[X] + 4 * m[X_WIDTH] * t
             embed(m[EMBEDDINGS], token, m[DIM], at, scratch(m, S_PANEL, index))
         end_phase(m, T_EMBED, index, members)
-    project(mm, put_key, put_value, m, layers, layer, tokens, position, skip, index, members)
-    attention(attend_block, m, layer, tokens, position, skip, index, members)
-    attention_output(mm, m, layers, layer, tokens, skip, index, members)
-    choose_experts(mm, m, layers, layer, tokens, skip, index, members)
-    experts(mm, m, layers, layer, tokens - skip, skip, index, members)
+    if part <= ROUTE:
+        project(mm, put_key, put_value, m, layers, layer, tokens, position, skip, index, members)
+        attention(attend_block, m, layer, tokens, position, skip, index, members)
+        attention_output(mm, m, layers, layer, tokens, skip, index, members)
+        choose_experts(mm, m, layers, layer, tokens, skip, part, index, members)
+    if part != ROUTE:
+        experts(mm, m, layers, layer, tokens - skip, skip, part, index, members)
 
 
 @njit(inline=True)
@@ -176,7 +181,7 @@ def attention_output(mm, m, layers, layer, tokens, skip, index, members):
 
 
 @njit(inline=True)
-def choose_experts(mm, m, layers, layer, tokens, skip, index, members):
+def choose_experts(mm, m, layers, layer, tokens, skip, part, index, members):
     """Norm, router, quantised rows; then a counting sort of the (token, choice) pairs by expert, and tiles by expert.
 
     Afterwards: ORDER, the token of each place; RANK, the place of each pair; STARTS, each expert's first place;
@@ -191,6 +196,8 @@ def choose_experts(mm, m, layers, layer, tokens, skip, index, members):
         quantise_row(row, m[DIM], group, m[ROWS] + (t - skip) * token_bytes)
         if m[OBSERVED_ROWS]:
             keep_row(row, m[DIM], m[OBSERVED_ROWS] + 4 * m[X_WIDTH] * (t - skip))
+        if part:
+            guess(mm, m, layers, layer, m[X] + 4 * m[X_WIDTH] * t, row, scratch(m, S_LOGITS, index), m[GUESS] + choice)
     end_phase(m, T_ROUTE, index, members)
     if index == 0:
         sort_by_expert(m, (tokens - skip) * active)
@@ -240,16 +247,16 @@ def sort_by_expert(m, pairs):
 
 
 @njit(inline=True)
-def experts(mm, m, layers, layer, tokens, skip, index, members):
+def experts(mm, m, layers, layer, tokens, skip, part, index, members):
     """Every expert on its tokens: gate and up with SwiGLU, down, then each token's weighted sum in expert order."""
     hidden, gate_slot, down = m[HIDDEN_DIM], layers[layer, GATE_SLOT], layers[layer, DOWN_SLOT]
     group = m[GROUP_0 + down]
     in_bytes, h_bytes, x_bytes = act_bytes(m[DIM], m[GROUP_0 + gate_slot]), act_bytes(hidden, group), 4 * m[X_WIDTH]
     gate, up, panel = scratch(m, S_GATE, index), scratch(m, S_UP, index), scratch(m, S_PANEL, index)
-    units = (hidden + EXPERT_UNIT - 1) // EXPERT_UNIT
+    units, todo = (hidden + EXPERT_UNIT - 1) // EXPERT_UNIT, part // PART if part else m[N_EXPERTS]
     item = atomic_add(m[COUNTERS] + COUNT_GATE, 1)
-    while item < m[N_EXPERTS] * units:
-        expert, unit = item // units, item % units
+    while item < todo * units:
+        expert, unit = get_i32(m[TODO] + 4 * (item // units)), item % units
         begin, count = expert_places(m, expert)
         if count:
             expert_units(mm, m, layers, layer, expert, unit, ONE, m[ACTS] + begin * in_bytes, count, gate, up, panel)
@@ -266,15 +273,15 @@ def experts(mm, m, layers, layer, tokens, skip, index, members):
     blocks = blocks_of(m[DIM])
     units = (blocks + UNIT - 1) // UNIT
     item = atomic_add(m[COUNTERS] + COUNT_DOWN, 1)
-    while item < m[N_EXPERTS] * units:
-        expert, first = item // units, item % units * UNIT
+    while item < todo * units:
+        expert, first = get_i32(m[TODO] + 4 * (item // units)), item % units * UNIT
         begin, count = expert_places(m, expert)
         if count:
             w, h = layers[layer, EXPERTS + 3 * expert + 2], m[H_ACTS] + begin * h_bytes
             mm(down, w, m[DIM], hidden, first, min(first + UNIT, blocks), h, count, m[Y] + begin * x_bytes, x_bytes, panel)
         item = atomic_add(m[COUNTERS] + COUNT_DOWN, 1)
     end_phase(m, T_DOWN, index, members)
-    for t in range(index, tokens, members):
+    for t in range(index, tokens if part == 0 or part & SUM else 0, members):
         x = m[X] + x_bytes * (skip + t)
         pair = 4 * m[N_ACTIVE] * t
         for k in range(0, 64 * blocks, 64):

@@ -32,7 +32,7 @@ class Forward:
         self._row = np.zeros((1, self._width), np.float32)
         self.decode_team = self._alone if weights.bytes_per_token() < SMALL else self.team
         self.saturated = False  # a key or value did not fit float16
-        self._loaded = False
+        self._wanted, self._loaded = "all", False
 
     def load_kernels(self) -> None:
         """Prove the int8 kernels, compile the kernels or load them from the cache; the first token does it if nobody did before."""
@@ -48,12 +48,24 @@ class Forward:
     def decode(self, token: int, position: int) -> np.ndarray:
         """Logits (V,) after one token at `position`; its keys and values enter the cache."""
         self._begin()
-        m, row = self.state.m, self._row
+        row = self._row
         address = row.__array_interface__["data"][0]
-        self.state.array(t.COUNTERS)[:] = 0
-        self.decode_team.run(self._kernel, DECODE, m, self.weights.layers, token, position, 0, self.config.n_layers, address)
+        self._decode(token, position, address)
         self._check(row, position, 1)
         return row[0, : self.config.vocab_size].copy()
+
+    def _decode(self, token: int, position: int, logits: int) -> None:
+        """All layers of one token, and the head."""
+        self._decode_part(token, position, 0, self.config.n_layers, logits)
+
+    def _decode_part(self, token: int, position: int, first: int, last: int, logits: int, part: int = 0) -> None:
+        self.state.array(t.COUNTERS)[:] = 0
+        self.decode_team.run(self._kernel, DECODE, self.state.m, self.weights.layers, token, position, first, last, logits, part)
+
+    def _prefill(self, count: int, position: int, layer: int, skip: int, part: int = 0) -> None:
+        """One layer of the chunk in TOKENS."""
+        self.state.array(t.COUNTERS)[:] = 0
+        self.team.run(self._kernel, PREFILL, self.state.m, self.weights.layers, count, position, layer, skip, 0, part)
 
     def prefill(self, tokens: np.ndarray, position: int, wanted: str = "last", on_layer=None) -> np.ndarray | None:
         """One chunk of tokens at `position`.. through all layers; logits of its "last" (1, V), "all" (T, V) or "none" of them.
@@ -61,13 +73,12 @@ class Forward:
         "later": none now, but `head` may be asked for any of them until something else is computed.
         """
         self._begin()
-        m, count = self.state.m, len(tokens)
+        count, self._wanted = len(tokens), wanted
         self.state.array(t.TOKENS)[:count] = tokens
         for layer in range(self.config.n_layers):
             final = layer == self.config.n_layers - 1
             skip = count - 1 if final and wanted in ("last", "none") else 0  # nothing else: there is room for one more row
-            self.state.array(t.COUNTERS)[:] = 0
-            self.team.run(self._kernel, PREFILL, m, self.weights.layers, count, position, layer, skip, 0)
+            self._prefill(count, position, layer, skip)
             if on_layer:
                 on_layer(layer)
         if wanted in ("none", "later"):
@@ -88,7 +99,7 @@ class Forward:
         rows = np.zeros((count, self._width), np.float32)
         self.state.array(t.COUNTERS)[:] = 0
         address = rows.__array_interface__["data"][0]
-        self.team.run(self._kernel, HEAD, self.state.m, self.weights.layers, first, count, address, rows.strides[0], 0)
+        self.team.run(self._kernel, HEAD, self.state.m, self.weights.layers, first, count, address, rows.strides[0], 0, 0)
         return rows
 
     def layer(self, layer: int, tokens: np.ndarray, position: int, rows: np.ndarray | None) -> np.ndarray:
@@ -98,12 +109,11 @@ class Forward:
         (T, D), a view on the run state that the next call overwrites.
         """
         self._begin()
-        m, count, x = self.state.m, len(tokens), self.state.array(t.X)[:, : self.config.dim]
+        count, self._wanted, x = len(tokens), "all", self.state.array(t.X)[:, : self.config.dim]
         self.state.array(t.TOKENS)[:count] = tokens
         if layer:
             x[:count] = rows
-        self.state.array(t.COUNTERS)[:] = 0
-        self.team.run(self._kernel, PREFILL, m, self.weights.layers, count, position, layer, 0, 0)
+        self._prefill(count, position, layer, 0)
         self._check(None, position, count)
         return x[:count]
 

@@ -8,6 +8,8 @@ the model's config and the layout demand. Digests are checked by `verify`, not h
 import hashlib
 from pathlib import Path
 
+import numpy as np
+
 from ..checkpoint.jsonfile import read_json
 from ..checkpoint.safetensors_file import SafetensorsFile
 from ..config import Config
@@ -151,6 +153,15 @@ class Store:
             name = "tok_embeddings"
         format, group = self._formats[name]
         return Tensor(self._files[file_of(name)].view(name), format, self._shapes[name], group)
+
+    def extent(self, name: str) -> tuple[str, int, int]:
+        """(file name, first byte, bytes) of a tensor."""
+        entry = self._files[file_of(name)].entries[name]
+        return file_of(name), entry.start, entry.nbytes
+
+    def range(self, file: str, start: int, nbytes: int) -> np.ndarray:
+        """Bytes of a file's map as a read-only view."""
+        return self._files[file].range(start, nbytes)
 
     def release(self, name: str) -> None:
         """Let the system drop the tensor's pages from this process."""

@@ -1,0 +1,98 @@
+"""The forward pass when not all experts are in memory: a layer at a time, its experts as they come.
+
+One hard fact: the kernels and the order of additions are those of `forward.py`, so the bits are too; while everything
+is in memory a token is one call of the kernel, as there.
+"""
+
+from contextlib import closing
+
+import numpy as np
+
+from ..kernels import tables as t
+from ..store.residency import Residency
+from .forward import Forward
+from .weights import Weights
+
+
+class StreamingForward(Forward):
+    """`Forward` over a store's weights under a budget."""
+
+    def __init__(self, residency: Residency, context: int, chunk: int, kv: str, threads: int):
+        self.residency = residency
+        super().__init__(Weights(residency), context, chunk, kv, threads)
+        if residency.load == "read":
+            columns = self.weights.layers[:, t.EXPERTS :]
+            self._offsets = columns - columns[:, ::3].repeat(3, 1)  # of an expert's matrices from its first one
+            columns[:] = 0
+            residency.placed = self._placed
+
+    def _placed(self, layer: int, expert: int, address: int) -> None:
+        """An expert lies at this address now, or nowhere."""
+        three = slice(3 * expert, 3 * expert + 3)
+        self.weights.layers[layer, t.EXPERTS :][three] = address + self._offsets[layer, three] if address else 0
+
+    def _decode(self, token: int, position: int, logits: int) -> None:
+        layers, active = self.config.n_layers, self.config.n_active
+        with self.residency.whole() as whole:
+            if whole:
+                self._whole()
+                self.residency.stats.hits += layers * active
+                return super()._decode(token, position, logits)
+        choice = self.state.array(t.SCRATCH)[0, self.state.m[t.S_CHOICE] :][: 4 * active].view(np.int32)
+        for layer in range(layers):
+            self.residency.check()
+            self._decode_part(token, position, layer, layer + 1, 0, t.ROUTE)
+            experts = choice.tolist()
+            self._decode_experts(token, position, layer, experts)
+        self.residency.check()
+        self._decode_part(token, position, layers, layers, logits)
+
+    def _decode_experts(self, token: int, position: int, layer: int, experts: list[int]) -> None:
+        with closing(self.residency.arrive(layer, experts, self._guesses(layer, 0, 1))) as arrivals:
+            for some, last in arrivals:
+                part = self._todo([experts.index(expert) for expert in some], last)
+                self._decode_part(token, position, layer, layer + 1, 0, part)
+
+    def _prefill(self, count: int, position: int, layer: int, skip: int, part: int = 0) -> None:
+        c = self.config
+        with self.residency.whole() as whole:
+            if whole:
+                self._whole()
+                return super()._prefill(count, position, layer, skip)
+        if layer == 0 and count * c.n_active >= 2 * c.n_experts:  # nearly all will be needed
+            self.residency.expect(0, list(range(c.n_experts)))
+        self.residency.check()
+        super()._prefill(count, position, layer, skip, t.ROUTE)
+        starts = self.state.array(t.STARTS)
+        experts = np.flatnonzero(np.diff(starts)).tolist()
+        first = (
+            count - 1 if self._wanted in ("last", "none") and layer == c.n_layers - 2 else 0
+        )  # the last layer is for the last token alone
+        with closing(self.residency.arrive(layer, experts, self._guesses(layer, first, count))) as arrivals:
+            for some, last in arrivals:
+                super()._prefill(count, position, layer, skip, self._todo(some, last))
+
+    def _head(self, first: int, count: int) -> np.ndarray:
+        self.residency.check()
+        return super()._head(first, count)
+
+    def _whole(self) -> None:
+        self.state.array(t.TODO)[:] = np.arange(self.config.n_experts)
+
+    def _todo(self, numbers: list[int], last: bool) -> int:
+        """Put down what to compute; gives the kernel's word for it."""
+        self.state.array(t.TODO)[: len(numbers)] = numbers
+        return t.SOME + t.PART * len(numbers) + (t.SUM if last else 0)
+
+    def _guesses(self, layer: int, first: int, last: int) -> list[int]:
+        """Experts that the next layer's router would choose for tokens first..last of the chunk, the most wanted first."""
+        c = self.config
+        if layer + 1 == c.n_layers:
+            return []
+        chosen = self.state.array(t.GUESS)[first * c.n_active : last * c.n_active]
+        counts = np.bincount(chosen, minlength=c.n_experts)
+        return [int(e) for e in np.argsort(-counts, kind="stable") if counts[e]]
+
+    def close(self) -> None:
+        self.residency.close()
+        super().close()

@@ -1,0 +1,379 @@
+"""Which experts are in memory: a store's weights under a budget, read by threads of their own.
+
+One hard fact: experts of Mixtral are chosen almost uniformly, so no policy hits much more often than by chance; what counts
+is that the disk is never idle while an expert is missing, and that a read that is needed never waits for a guess.
+
+An expert is one run of bytes of its layer's file and comes and goes whole. What all tokens need (attention, routers,
+embeddings, output) is read first and stays. When a layer's router has chosen, `arrive` gives its experts as they come;
+behind them, in this order, the disk reads what the next layer's router would choose (Eliseev & Mazur 2023, arXiv
+2312.17238) and, while there is memory that nobody has used, experts in the order of the layers. Who must go: the expert
+that is expected to be needed last, by the layers until its own comes again and by how often it was chosen lately.
+"""
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from ..errors import EngineError, NpmixError, StoreError
+from ..quant.tensor import Tensor
+from .disk_stats import DiskStats
+from .layout import PAGE
+from .paging import BEHIND, PIECE, Copy, Mapped
+from .units import Unit, units_of
+
+READERS = 4
+FADE = 1 / 16  # weight of the latest token in how often an expert is chosen
+STRETCH = 256 << 20  # bytes over which the disk's rate is measured
+WATCH_S = 0.5  # how often the memory that may be used is looked up
+
+
+class Residency:
+    """A store's weights under a budget; stands in for the store where weights are asked for (`config`, `tensor`).
+
+    load: "read" copies into memory of our own, "map" uses the pages of the store's maps. guessing: read ahead what the
+    next layer's router would choose.
+    """
+
+    def __init__(self, store, load: str = "read", guessing: bool = True, clock=time.monotonic):
+        self.store, self.config, self.load, self.guessing = store, store.config, load, guessing
+        self.stats = DiskStats()
+        self.on_wait: Callable | None = None  # called with the stats some ten times a second while computing stands still
+        self.affordable: Callable[[], int] | None = None  # experts that the budget holds now
+        self.placed: Callable[[int, int, int], None] = lambda layer, expert, address: None  # an expert came (or went: 0)
+        self._clock, self._pid = clock, os.getpid()
+        self._changed = threading.Condition()
+        self._threads: list[threading.Thread] = []
+        self._stopped = self._whole = self._guess = False
+        self._units = units_of(store)
+        self._shared, self._experts = self._units.shared, self._units.experts
+        self.stats.experts = len(self._experts)
+        self._wanted: list[Unit] = []
+        self._guessed: list[Unit] = []
+        self._free: list[Copy] = []
+        self._held = self._ready = self._layer = self._flying = 0
+        self._stretch = 0.0, 0  # when it began, bytes read at that time
+        self._watched = -1e9
+        c = self.config
+        self._chosen = np.full((c.n_layers, c.n_experts), c.n_active / c.n_experts)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of what stays."""
+        return sum(unit.nbytes for unit in self._shared.values())
+
+    @property
+    def expert_bytes(self) -> int:
+        """Memory that an expert takes, page tables and what the kernel reads past a range of a map counted."""
+        largest = -(-max(unit.nbytes for unit in self._experts.values()) // PAGE) * PAGE
+        return largest + largest // 256 + (BEHIND if self.load == "map" else 0)
+
+    def tensor(self, name: str) -> Tensor:
+        """The store's tensor; one that all tokens need lies where it is read to by `begin`, an expert's where the map has it."""
+        tensor = self.store.tensor(name)
+        if name == "output" and self.config.tied_embeddings:
+            name = "tok_embeddings"
+        file, start, nbytes = self._units.extents[name]
+        if self.load == "map" or name.endswith("norm") or ".experts." in name:
+            return tensor
+        unit = self._shared[file]
+        unit.memory = unit.memory or Copy(unit.nbytes)
+        data = unit.memory.bytes[start - unit.start : start - unit.start + nbytes]
+        return Tensor(data.view(tensor.data.dtype).reshape(tensor.data.shape), tensor.format, tensor.shape, tensor.group)
+
+    def begin(self) -> None:
+        """Read what all tokens need. Call when all shared tensors have been asked for."""
+        for file in self._units.files.values():
+            file.forget()  # headers brought more than themselves
+        units = list(self._shared.values())
+        with self._changed:
+            for unit in units:
+                unit.pinned, unit.memory = True, unit.memory or self._memory(unit)
+            self._wanted = units
+            self._start()
+        left = units
+        while left:
+            self._wait(left[:1])
+            left = [unit for unit in left if not unit.ready]
+        self.stats.waited_s, self.stats.waited_bytes = 0.0, 0
+
+    def _start(self) -> None:
+        for i in range(READERS):
+            thread = threading.Thread(target=self._serve, name=f"npmix-read-{i}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    # ---- what computing asks for ------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def whole(self):
+        """Within this block all experts stay; gives whether all are there."""
+        self._watch()
+        with self._changed:
+            if self._held > self.stats.capacity:
+                self.resize(self.stats.capacity)
+            self._whole = self._ready == len(self._experts)
+            whole = self._whole
+        try:
+            if whole:
+                self.check()
+            yield whole
+        finally:
+            with self._changed:
+                self._whole = False
+
+    def check(self) -> None:
+        """StoreError if a mapped file is not what it was: computing on it could kill the process, or be wrong."""
+        if self.load == "map":
+            for file in self._units.files.values():
+                file.check()
+
+    def arrive(self, layer: int, experts: list[int], guesses: list[int]):
+        """The experts of a layer as they come: pairs of (some of them, whether they are the last ones).
+
+        Each must have been computed with when the next are asked for. guesses: experts of the next layer, the likeliest
+        first. Raises StoreError when one cannot be read; a later call tries again.
+        """
+        self._watch()
+        units = [self._experts[layer, expert] for expert in experts]
+        with self._changed:
+            self._plan(layer, units, guesses)
+        left = units
+        try:
+            while left:
+                ready = self._wait(left)[: max(1, self.stats.capacity // 4)]
+                left = [unit for unit in left if unit not in ready]
+                self.check()
+                yield [unit.expert for unit in ready], not left
+                self._unpin(ready)
+        finally:
+            self._unpin(units)
+
+    def expect(self, layer: int, experts: list[int]) -> None:
+        """Read these ahead, before anything is known."""
+        with self._changed:
+            self._expect(layer, experts, False)
+            self._changed.notify_all()
+
+    def _plan(self, layer: int, units: list[Unit], guesses: list[int]) -> None:
+        stats, self._layer = self.stats, layer
+        for expert in range(self.config.n_experts):
+            unit = self._experts[layer, expert]
+            chosen = unit in units
+            self._chosen[layer, expert] += (chosen - self._chosen[layer, expert]) * FADE
+            if unit.ahead:
+                stats.guesses_right += chosen
+                stats.guesses_wrong += not chosen
+                unit.ahead = False
+        for unit in units:
+            unit.pinned, unit.error = True, None
+            stats.hits += unit.ready
+            stats.misses += not unit.ready
+        self._wanted = [unit for unit in units if not unit.ready]
+        self._expect(layer + 1, guesses if self.guessing else [], True)
+        self._changed.notify_all()
+
+    def _expect(self, layer: int, experts: list[int], guess: bool) -> None:
+        self._guess = guess
+        for unit in self._guessed:
+            unit.expected = False
+        self._guessed = [self._experts[layer, expert] for expert in experts]
+        for unit in self._guessed:
+            unit.expected = True
+
+    def _wait(self, units: list[Unit]) -> list[Unit]:
+        """Those of the units that are there, at least one."""
+        started, before = None, self.stats.bytes_read
+        try:
+            while True:
+                with self._changed:
+                    ready = [unit for unit in units if unit.ready]
+                    failed = next((unit.error for unit in units if unit.error), None)
+                    if failed:
+                        raise failed
+                    if ready:
+                        return ready
+                    if self._stopped:
+                        raise EngineError("the model was closed while it waited for the disk")
+                    started = self._clock() if started is None else started
+                    self._changed.wait(0.1)
+                if self.on_wait:
+                    self.on_wait(self.stats)
+        finally:
+            if started is not None:
+                self.stats.waited_s += self._clock() - started
+                self.stats.waited_bytes += self.stats.bytes_read - before
+
+    def _unpin(self, units: list[Unit]) -> None:
+        with self._changed:
+            for unit in units:
+                unit.pinned = False
+            self._wanted = [unit for unit in self._wanted if unit.pinned]
+            self._changed.notify_all()
+
+    # ---- the readers ----------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                while not self._stopped and (piece := self._next()) is None:
+                    if not self._changed.wait(WATCH_S) and not self._stopped:
+                        self._watch()
+                if self._stopped:
+                    return
+                unit, offset, nbytes = piece
+            error = None
+            try:
+                unit.memory.fetch(unit.file, unit.start, offset, nbytes)
+            except NpmixError as failure:
+                error = failure
+            except (OSError, MemoryError) as failure:
+                error = StoreError(f"cannot read {unit.file.path}: {failure}")
+            with self._changed:
+                self._landed(unit, nbytes, error)
+
+    def _next(self) -> tuple[Unit, int, int] | None:
+        """The most urgent piece: (unit, offset, bytes)."""
+        for unit in self._wanted:
+            if unit.asked < unit.nbytes and not unit.error:
+                return self._piece(unit) if unit.memory or self._room(False) and self._give(unit) else None
+        for unit in self._guessed:
+            if unit.asked < unit.nbytes and not unit.error:
+                if unit.memory or self._room(True) and self._give(unit):
+                    unit.ahead = self._guess
+                    return self._piece(unit)
+        if self._held < self.stats.capacity and self._held < len(self._experts):
+            for unit in self._experts.values():
+                if unit.memory is None and not unit.error:
+                    return self._piece(unit) if self._give(unit) else None
+        for unit in self._experts.values() if self.stats.capacity == len(self._experts) > self._ready else ():
+            if unit.memory and unit.asked < unit.nbytes and not unit.error:
+                return self._piece(unit)
+        return None
+
+    def _piece(self, unit: Unit) -> tuple[Unit, int, int]:
+        offset, nbytes = unit.asked, min(PIECE, unit.nbytes - unit.asked)
+        unit.asked += nbytes
+        unit.flying += 1
+        if self._flying == 0:
+            self._stretch = self._clock(), self.stats.bytes_read
+        self._flying += 1
+        return unit, offset, nbytes
+
+    def _landed(self, unit: Unit, nbytes: int, error: NpmixError | None) -> None:
+        unit.flying -= 1
+        self._flying -= 1
+        unit.error = unit.error or error
+        if unit.error:
+            if unit.flying == 0 and unit.layer >= 0:
+                self._evict(unit)
+        else:
+            unit.landed += nbytes
+            self.stats.bytes_read += nbytes
+            self._measure()
+            if unit.ready and unit.layer >= 0:
+                self._ready += 1
+                self.placed(unit.layer, unit.expert, unit.memory.address)
+                self._forget_behind(unit)
+        self._changed.notify_all()
+
+    def _measure(self) -> None:
+        start, before = self._stretch
+        seconds, nbytes = self._clock() - start, self.stats.bytes_read - before
+        if seconds > 0 and nbytes >= STRETCH:
+            self.stats.rate = max(self.stats.rate, nbytes / seconds)
+            self._stretch = self._clock(), self.stats.bytes_read
+
+    # ---- memory -----------------------------------------------------------------------------------
+
+    def _memory(self, unit: Unit) -> Copy | Mapped:
+        if self.load == "map":
+            return Mapped(self.store.range(unit.file.path.name, unit.start, unit.nbytes))
+        return (
+            Copy(unit.nbytes) if unit.layer < 0 else self._free.pop() if self._free else Copy(max(u.nbytes for u in self._experts.values()))
+        )
+
+    def _give(self, unit: Unit) -> bool:
+        try:
+            unit.memory = self._memory(unit)
+        except (OSError, MemoryError):  # the system has no more: go on with what there is
+            self.stats.capacity = max(1, self._held)
+            return False
+        self._held += 1
+        return True
+
+    def _room(self, guess: bool) -> bool:
+        """Whether there is memory for one more expert, after one has gone if need be."""
+        if self._held >= self.stats.capacity:
+            victim = self._victim(guess)
+            if victim is None:
+                return False
+            self._evict(victim)
+        return True
+
+    def _victim(self, guess: bool) -> Unit | None:
+        """The expert expected to be needed last, layers being the measure of time; one that is half there goes first."""
+        best, worst = None, -1.0
+        layers = self.config.n_layers
+        for unit in self._experts.values():
+            if unit.memory is None or unit.pinned or unit.flying or self._whole or guess and unit.expected:
+                continue
+            when = (unit.layer - self._layer - 1) % layers + 1 + layers * (1 / max(self._chosen[unit.layer, unit.expert], 1e-3) - 1)
+            when = (0.0 if unit.expected else when) if unit.ready else 1e9 - unit.expected
+            if when > worst:
+                best, worst = unit, when
+        return best
+
+    def _evict(self, unit: Unit) -> None:
+        self._ready -= unit.ready
+        self._held -= 1
+        if unit.ready:
+            self.placed(unit.layer, unit.expert, 0)
+        memory, unit.memory, unit.asked, unit.landed, unit.ahead = unit.memory, None, 0, 0, False
+        if isinstance(memory, Mapped):
+            memory.release(unit.file, unit.start, unit.nbytes)
+        elif self._held < self.stats.capacity:
+            self._free.append(memory)
+
+    def _forget_behind(self, unit: Unit) -> None:
+        """Let go of what the kernel read past the end of a mapped range."""
+        follower = self._experts.get((unit.layer, unit.expert + 1))
+        if self.load == "map" and (follower is None or follower.memory is None):
+            end = -(-(unit.start + unit.nbytes) // PAGE) * PAGE
+            unit.file.forget(end, 2 * BEHIND)
+
+    def _watch(self) -> None:
+        """Every now and then: give way to other programs, or take back what they gave."""
+        now = self._clock()
+        if self.affordable is None or now - self._watched < WATCH_S:
+            return
+        self._watched = now
+        self.resize(self.affordable())
+
+    def resize(self, capacity: int) -> None:
+        """Hold at most this many experts, at least one, from now on."""
+        with self._changed:
+            self.stats.capacity = max(1, min(capacity, len(self._experts)))
+            while self._held > self.stats.capacity and (victim := self._victim(False)):
+                self._evict(victim)
+            self._free = self._free[: max(0, self.stats.capacity - self._held)]
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """End the readers, give the memory back, close the files. The store stays open."""
+        if os.getpid() != self._pid:  # a forked child has no readers, and the lock may be held by one
+            return
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join(5.0)
+        if any(thread.is_alive() for thread in self._threads):  # a disk that does not answer: what it writes to must live on
+            return
+        for unit in [*self._shared.values(), *self._experts.values()]:
+            unit.memory = None
+        self._free = []
+        self._units.close()
