@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from random_scales import EMBEDDING_STD, factor, growth  # noqa: E402
 
+from npmix.benchmark import anonymous_memory  # noqa: E402
 from npmix.checkpoint.names import huggingface_places  # noqa: E402
 from npmix.config import Config  # noqa: E402
 from npmix.convert import convert, make_recipe, round_piece, tensor_formats  # noqa: E402
@@ -269,13 +270,13 @@ def print_routing(found: list[dict], tokens: int) -> None:
 
 
 class Watch:
-    """A conversion from a source that counts what it served: resident memory, rate and processor time. Its own part in the progress."""
+    """A conversion from a source that counts what it served: resident memory, rate and processor time."""
 
     def __init__(self, source: RandomSource):
         self.source, self.began, self.said, self.anonymous = source, time.perf_counter(), 0.0, 0
 
     def __call__(self, done: int, total: int, what: str) -> None:
-        self.anonymous = max(self.anonymous, anonymous_bytes())
+        self.anonymous = max(self.anonymous, (anonymous_memory() or 0))
         now = time.perf_counter()
         if now - self.said > 30 or done == total:
             self.said = now
@@ -288,14 +289,6 @@ class Watch:
             f"processor {times.user + times.system:.0f} s; "
             f"memory at most {self.anonymous / 1e6:.0f} MB, {self.source.pool_bytes / 1e6:.0f} of it the random pool"
         )
-
-
-def anonymous_bytes() -> int:
-    """Memory of this process that is no file's (Linux), else 0."""
-    try:
-        return next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    except (OSError, StopIteration):
-        return 0
 
 
 # ---- the command -------------------------------------------------------------------------------------

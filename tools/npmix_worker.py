@@ -1,0 +1,52 @@
+"""npmix in a process of its own: JSON commands on stdin, one JSON answer each on stdout (`json_lines.py`).
+
+    {"do": "load", "path": STORE, "threads": 2, "positions": 64, "options": {"ram": 8589934592}}     {"seconds": s}
+    {"do": "decode", "ids": [...]}       {"seconds": s, "logits": "0f3a..."}     one step an id; a digest of the last logits
+    {"do": "statistics"}                 {...}                                   of the experts in memory, {} without a budget
+
+One hard fact: kernels are compiled or loaded before the clock starts, weights after it.
+"""
+
+import sys
+import time
+import zlib
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from json_lines import serve  # noqa: E402
+
+
+class Worker:
+    """One engine."""
+
+    def __init__(self):
+        import npmix.engine
+
+        self._open, self.engine = npmix.engine.Engine, None
+
+    def load(self, path: str, threads: int, positions: int, options: dict) -> dict:
+        began = time.perf_counter()
+        self.engine = self._open(path, threads=threads, context=positions, **options)
+        self.engine.load_kernels()
+        return {"seconds": time.perf_counter() - began}
+
+    def decode(self, ids: list[int]) -> dict:
+        began = time.perf_counter()
+        for id in ids:
+            logits = self.engine.step(id)
+        return {"seconds": time.perf_counter() - began, "logits": f"{zlib.crc32(logits.tobytes()):08x}"}
+
+    def statistics(self) -> dict:
+        found = getattr(self.engine, "residency", None)
+        found = found.statistics() if found is not None else {}
+        return asdict(found) if is_dataclass(found) else dict(found)
+
+    def answer(self, command: dict) -> dict:
+        known = {"load": self.load, "decode": self.decode, "statistics": self.statistics}
+        return known[command.pop("do")](**command)
+
+
+if __name__ == "__main__":
+    serve(lambda: Worker().answer)
