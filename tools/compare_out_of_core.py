@@ -12,8 +12,8 @@ npmix without, the disk again. Random token ids are fed one by one, as llama-ben
 
     tok/s       of the tokens fed, after the program said that it is ready; `loaded` in brackets: the same with loading counted
     ratio       npmix over llama.cpp, over the tokens that both came to (--seconds cuts slow runs short)
-    bound       tokens a second if the disk had read, at the rate measured around it, nothing but the bytes of the experts that were missing when
-                they were needed; share: npmix's part of that
+    bound       tokens a second if the disk had read, at the rate measured around it, without a pause, what had to be read (all bytes of the
+                experts that were missing, or that were read in time because of a right guess); share: npmix's part of that
     peak        the most memory of the control group, page cache counted (libraries that others brought into the cache are not)
 """
 
@@ -114,10 +114,12 @@ def speed(run: dict, count: int | None = None, loading: bool = False) -> float:
 class Comparison:
     """Both programs and the files they read."""
 
-    def __init__(self, args, store: Path, gguf: Path | None, vocab: int):
-        self.args, self.files = args, sorted(store.glob("*.safetensors")) + ([gguf] if gguf else [])
-        self.store_files = sorted(store.glob("*.safetensors"))
-        self.ids = token_ids(args.tokens, vocab)
+    def __init__(self, args, store: Path, gguf: Path | None):
+        self.args, self.store_files = args, sorted(store.glob("*.safetensors"))
+        self.files = self.store_files + ([gguf] if gguf else [])
+        with open_store(store) as opened:
+            self.ids = token_ids(args.tokens, opened.config.vocab_size)
+            self.expert_bytes = sum(opened.tensor(f"layers.0.experts.0.{name}").nbytes for name in ("w_gate", "w_up", "w_down"))
         self.npmix = Program(sys.executable, "npmix_worker.py", "numpy numba", store, args.threads)
         self.llamacpp = gguf and Program(args.llama_python or sys.executable, "llamacpp_worker.py", "llama-cpp-python", gguf, args.threads)
         self.settings = dict(LLAMACPP)  # those that loaded so far
@@ -128,7 +130,7 @@ class Comparison:
         found = program.run(self.ids[:tokens], limit, options, self.args.seconds)
         seconds = found.get("load_seconds", 0) + sum(found["tokens"]) or 1.0
         others = (busy_seconds() - busy - found.get("processor", 0)) / seconds
-        return {**found, "stayed_in_cache": stayed, "other_cores": max(0.0, others)}
+        return {**found, "expert_bytes": self.expert_bytes, "stayed_in_cache": stayed, "other_cores": max(0.0, others)}
 
     def best_of_llamacpp(self, limit: int) -> dict:
         """A run with the fastest settings that load; those that do not are not tried with less memory again."""
@@ -153,7 +155,7 @@ class Comparison:
             say(f"  llama.cpp: {in_words(row['llamacpp'])}")
             row["disk"].append(sequential_rates(self.store_files))
         for name, options in NPMIX.items():
-            row[name] = self.cold(self.npmix, limit, {"ram": limit, **options})
+            row[name] = self.cold(self.npmix, limit, {"ram": limit, "load": self.args.load, **options})
             say(f"  npmix, {name}: {in_words(row[name])}")
             row["disk"].append(sequential_rates(self.store_files))
         row["disk_rate"] = statistics.median(max(rates.values()) for rates in row["disk"])
@@ -170,9 +172,13 @@ def in_words(run: dict) -> str:
 
 
 def bound(run: dict, disk_rate: float) -> float:
-    """Tokens a second if the disk read what was missing and nothing else; 0 if nothing was."""
-    missed = run.get("statistics", {}).get("missed_bytes", 0)
-    return disk_rate * len(run["tokens"]) / missed if missed else 0.0
+    """Tokens a second if the disk read what had to be read and nothing else; 0 if nothing had to."""
+    stats = run.get("statistics")
+    if not stats:
+        return 0.0
+    whole = run["expert_bytes"]  # of wrong guesses: some were only begun
+    needed = min(stats["bytes_read"], max(stats["misses"] * whole, stats["bytes_read"] - stats["guesses_wrong"] * whole))
+    return disk_rate * len(run["tokens"]) / needed if needed else 0.0
 
 
 def table(rows: list[dict]):
@@ -225,8 +231,8 @@ def report(rows: list[dict], about: dict) -> None:
 # ---- the command --------------------------------------------------------------------------------------
 
 
-def prepare(args, made: list[Path]) -> tuple[Path, Path | None, int]:
-    """Store, GGUF and vocabulary; what is not there is made, and noted in `made` before."""
+def prepare(args, made: list[Path]) -> tuple[Path, Path | None]:
+    """Store and GGUF; what is not there is made, and noted in `made` before."""
     store, gguf = args.store or args.work / "store_q4u", args.gguf or args.work / "q4_0.gguf"
     config = make_config(layers=args.layers, **{name: getattr(args, name) for name in SIZES})
     if not (store / "npmix.json").exists():
@@ -237,7 +243,7 @@ def prepare(args, made: list[Path]) -> tuple[Path, Path | None, int]:
     with open_store(store) as opened:
         config = opened.config
     if args.no_llama:
-        return store, None, config.vocab_size
+        return store, None
     if not gguf.exists():
         needed, free = sum(file.stat().st_size for file in store.iterdir()) * 1.01, shutil.disk_usage(gguf.parent).free
         if free < needed:
@@ -245,7 +251,7 @@ def prepare(args, made: list[Path]) -> tuple[Path, Path | None, int]:
         say(f"making {gguf}")
         made += [gguf, gguf.with_name(gguf.name + ".json")]
         write_gguf(args.llama_python or sys.executable, gguf, config.to_dict())
-    return store, gguf, config.vocab_size
+    return store, gguf
 
 
 def remove(paths: list[Path]) -> None:
@@ -270,6 +276,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=300, metavar="S", help="after which a run gets no further tokens (default 300)")
     parser.add_argument("--turns", type=int, default=1, metavar="N", help="of all limits (default 1)")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="of both programs (default 2)")
+    parser.add_argument("--load", choices=("map", "read"), help="how npmix holds experts; default: its own")
     parser.add_argument("--llama-python", metavar="PATH", help="a Python that has llama-cpp-python and gguf; default: this one")
     parser.add_argument("--no-llama", action="store_true", help="npmix alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures, every token's seconds among them")
@@ -291,8 +298,8 @@ def main(argv=None) -> None:
     made: list[Path] = []
     rows: list[dict] = []
     try:
-        store, gguf, vocab = prepare(args, made)
-        comparison = Comparison(args, store, gguf, vocab)
+        store, gguf = prepare(args, made)
+        comparison = Comparison(args, store, gguf)
         model = f"a synthetic model of {sum(f.stat().st_size for f in comparison.store_files) / 1e9:.1f} GB: random weights, near-uniform routing"
         about = {"model": model, "machine": machine(), "threads": args.threads, "tokens": args.tokens, "cgroup": version}
         for limit in limits * args.turns:

@@ -2,7 +2,7 @@
 
     {"do": "load", "path": STORE, "threads": 2, "positions": 64, "options": {"ram": 8589934592}}     {"seconds": s}
     {"do": "decode", "ids": [...]}       {"seconds": s, "logits": "0f3a..."}     one step an id; a digest of the last logits
-    {"do": "statistics"}                 {...}                                   of the experts in memory, {} without a budget
+    {"do": "statistics"}                 {...}                                   since loading, of the experts in memory; {} without a budget
 
 One hard fact: kernels are compiled or loaded before the clock starts, weights after it.
 """
@@ -10,7 +10,7 @@ One hard fact: kernels are compiled or loaded before the clock starts, weights a
 import sys
 import time
 import zlib
-from dataclasses import asdict, is_dataclass
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -30,6 +30,8 @@ class Worker:
         began = time.perf_counter()
         self.engine = self._open(path, threads=threads, context=positions, **options)
         self.engine.load_kernels()
+        if self.engine.residency:
+            self.loaded = replace(self.engine.residency.stats)
         return {"seconds": time.perf_counter() - began}
 
     def decode(self, ids: list[int]) -> dict:
@@ -39,9 +41,8 @@ class Worker:
         return {"seconds": time.perf_counter() - began, "logits": f"{zlib.crc32(logits.tobytes()):08x}"}
 
     def statistics(self) -> dict:
-        found = getattr(self.engine, "residency", None)
-        found = found.statistics() if found is not None else {}
-        return asdict(found) if is_dataclass(found) else dict(found)
+        residency = self.engine.residency
+        return residency.stats.since(self.loaded).to_dict() if residency else {}
 
     def answer(self, command: dict) -> dict:
         known = {"load": self.load, "decode": self.decode, "statistics": self.statistics}

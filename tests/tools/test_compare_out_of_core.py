@@ -83,10 +83,10 @@ def test_without_groups_it_says_so(tmp_path, monkeypatch):
 
 
 def run(*seconds, **more):
-    return {"tokens": list(seconds), "load_seconds": 1.0, "peak": 2 << 30, "logits": ["a"] * len(seconds), **more}
+    return {"tokens": list(seconds), "load_seconds": 1.0, "peak": 2 << 30, "logits": ["a"] * len(seconds), "expert_bytes": 10**8, **more}
 
 
-STATISTICS = {"hits": 30, "misses": 10, "missed_bytes": 10**9, "guesses_right": 6, "guesses_wrong": 4}
+STATISTICS = {"hits": 30, "misses": 10, "bytes_read": 14 * 10**8, "guesses_right": 6, "guesses_wrong": 4}  # of 100 MB each
 
 
 def test_ratio_is_over_the_tokens_both_came_to(capsys):
