@@ -23,6 +23,7 @@ import shutil
 import statistics
 import sys
 import threading
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -70,7 +71,7 @@ class Program:
 
     def run(self, ids: list[int], limit: int, options: dict, patience: float) -> dict:
         """Feed the ids from a cold start; after `patience` seconds no further ones. Returns what was found, an "error" where it failed."""
-        found = {"tokens": [], "logits": [], "options": options}
+        found = {"tokens": [], "logits": [], "options": options, "load_seconds": 0.0, "processor": 0.0}
         with MemoryGroup("npmix-compare", limit) as group:
             process = Process(self.python, self.worker, self.needs, group.prefix)
             alarm = threading.Timer(2 * patience + 60, process.kill)
@@ -82,13 +83,14 @@ class Program:
                     answer = process.ask("decode", ids=[ids[len(found["tokens"])]])
                     found["tokens"].append(answer["seconds"])
                     found["logits"].append(answer.get("logits"))
-                found.update(read_by_load=at_load, read=read_bytes(process.pid) - at_load, processor=process_seconds(process.pid))
+                found.update(read_by_load=at_load, read=read_bytes(process.pid) - at_load)
                 if self.worker.stem == "npmix_worker":
                     found["statistics"] = process.ask("statistics")
             except PeerError as error:
                 found["error"] = str(error)
             finally:
                 alarm.cancel()
+                found["processor"] = process_seconds(process.pid)
                 process.kill()
             found.update(peak=group.peak(), killed=group.killed())
         return found
@@ -124,12 +126,19 @@ class Comparison:
         self.llamacpp = gguf and Program(args.llama_python or sys.executable, "llamacpp_worker.py", "llama-cpp-python", gguf, args.threads)
         self.settings = dict(LLAMACPP)  # those that loaded so far
 
+    def compile(self, limit: int) -> None:
+        """Have npmix's kernels compiled, outside of any limit and of what is timed."""
+        process = Process(self.npmix.python, self.npmix.worker, self.npmix.needs)
+        try:
+            self.npmix.load(process, len(self.ids), {"ram": limit})
+        finally:
+            process.close()
+
     def cold(self, program: Program, limit: int, options: dict, tokens: int | None = None) -> dict:
         """A run with none of the files in the page cache."""
-        stayed, busy = evict(self.files), busy_seconds()
+        stayed, busy, began = evict(self.files), busy_seconds(), time.monotonic()
         found = program.run(self.ids[:tokens], limit, options, self.args.seconds)
-        seconds = found.get("load_seconds", 0) + sum(found["tokens"]) or 1.0
-        others = (busy_seconds() - busy - found.get("processor", 0)) / seconds
+        others = (busy_seconds() - busy - found["processor"]) / (time.monotonic() - began)
         return {**found, "expert_bytes": self.expert_bytes, "stayed_in_cache": stayed, "other_cores": max(0.0, others)}
 
     def best_of_llamacpp(self, limit: int) -> dict:
@@ -164,7 +173,7 @@ class Comparison:
 
 def in_words(run: dict) -> str:
     if run.get("error"):
-        return run["error"] + (" (killed: out of memory)" if run.get("killed") else "")
+        return "killed: out of memory" if run.get("killed") else run["error"]
     return f"{speed(run):.3f} tok/s over {len(run['tokens'])} tokens, loaded in {run['load_seconds']:.1f} s"
 
 
@@ -288,7 +297,7 @@ def arguments() -> argparse.ArgumentParser:
 def main(argv=None) -> None:
     args = arguments().parse_args(argv)
     try:
-        limits = sorted((int(float(text) * GIB) for text in args.limits.split(",")), reverse=True)
+        limits = sorted((int(float(text) * 1024) << 20 for text in args.limits.split(",")), reverse=True)
         with MemoryGroup("npmix-try", max(limits)) as group:
             version = group.version
     except ValueError:
@@ -302,6 +311,7 @@ def main(argv=None) -> None:
         comparison = Comparison(args, store, gguf)
         model = f"a synthetic model of {sum(f.stat().st_size for f in comparison.store_files) / 1e9:.1f} GB: random weights, near-uniform routing"
         about = {"model": model, "machine": machine(), "threads": args.threads, "tokens": args.tokens, "cgroup": version}
+        comparison.compile(limits[0])
         for limit in limits * args.turns:
             say(f"{limit / GIB:.3g} GiB")
             rows.append(comparison.row(limit))

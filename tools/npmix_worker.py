@@ -4,7 +4,7 @@
     {"do": "decode", "ids": [...]}       {"seconds": s, "logits": "0f3a..."}     one step an id; a digest of the last logits
     {"do": "statistics"}                 {...}                                   since loading, of the experts in memory; {} without a budget
 
-One hard fact: kernels are compiled or loaded before the clock starts, weights after it.
+One hard fact: loading compiles the kernels where no cache has them, so somebody loads once before what is timed.
 """
 
 import sys
@@ -45,8 +45,13 @@ class Worker:
         return residency.stats.since(self.loaded).to_dict() if residency else {}
 
     def answer(self, command: dict) -> dict:
+        from npmix.errors import NpmixError
+
         known = {"load": self.load, "decode": self.decode, "statistics": self.statistics}
-        return known[command.pop("do")](**command)
+        try:
+            return known[command.pop("do")](**command)
+        except NpmixError as error:
+            return {"error": str(error)}
 
 
 if __name__ == "__main__":
