@@ -36,14 +36,16 @@ def cached(path) -> int:
     size = os.path.getsize(path)
     if not size:
         return 0
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE) as view:
-        pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
-        start = ctypes.c_char.from_buffer(view)
-        failed = _libc.mincore(ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(size), pages)
-        del start
-        if failed:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
-        return int((np.frombuffer(pages, np.uint8) & 1).sum()) * mmap.PAGESIZE
+    pages = np.empty(-(-size // mmap.PAGESIZE), np.uint8)
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as view:
+        failed = _libc.mincore(_address(view), ctypes.c_size_t(size), ctypes.c_void_p(pages.ctypes.data))
+    if failed:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
+    return int((pages & 1).sum()) * mmap.PAGESIZE
+
+
+def _address(view: mmap.mmap, offset: int = 0) -> ctypes.c_void_p:
+    return ctypes.c_void_p(np.frombuffer(view, np.uint8).ctypes.data + offset)
 
 
 def _pread(handle: int, start: int, size: int, piece: int) -> None:
@@ -54,13 +56,10 @@ def _pread(handle: int, start: int, size: int, piece: int) -> None:
 
 
 def _populate(handle: int, start: int, size: int, piece: int) -> None:
-    with mmap.mmap(handle, size, offset=start, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE) as view:
-        first = ctypes.c_char.from_buffer(view)
+    with mmap.mmap(handle, size, offset=start, access=mmap.ACCESS_READ) as view:
         for at in range(0, size, piece):
-            part = ctypes.c_void_p(ctypes.addressof(first) + at), ctypes.c_size_t(min(piece, size - at))
-            if _libc.madvise(*part, POPULATE_READ):
+            if _libc.madvise(_address(view, at), ctypes.c_size_t(min(piece, size - at)), POPULATE_READ):
                 raise OSError(ctypes.get_errno(), "MADV_POPULATE_READ")
-        del first
 
 
 METHODS = {  # name: (reader, flags of open, threads, bytes a request)
