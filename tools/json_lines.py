@@ -16,12 +16,13 @@ class PeerError(RuntimeError):
 
 
 class Process:
-    """The caller's end of a worker. python: the interpreter that runs it; needs: the packages it imports, for the error that they are not there."""
+    """The caller's end of a worker. python: the interpreter that runs it; needs: the packages it imports, for the error that they are not
+    there; prefix: words before the command that starts it."""
 
-    def __init__(self, python: str, worker: Path, needs: str):
-        self._where, self._needs = python, needs
+    def __init__(self, python: str, worker: Path, needs: str, prefix: list[str] = ()):
+        self._where, self._worker, self._needs = python, worker.stem, needs
         try:
-            self._process = subprocess.Popen([python, str(worker)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            self._process = subprocess.Popen([*prefix, python, str(worker)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         except OSError as e:
             raise PeerError(f"{python}: {e.strerror or e}") from None
         self.pid = self._process.pid
@@ -36,11 +37,16 @@ class Process:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise PeerError(f"{self._where}: llama.cpp's process ended during {do!r} (pip install {self._needs})")
+            raise PeerError(f"{self._where}: {self._worker} ended during {do!r} (pip install {self._needs})")
         found = json.loads(line)
         if "error" in found:
             raise PeerError(found["error"])
         return found
+
+    def kill(self) -> None:
+        """End it at once, whatever it does."""
+        self._process.kill()
+        self.close()
 
     def close(self) -> None:
         """End the process, and with it the memory it holds."""

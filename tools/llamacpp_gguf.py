@@ -6,7 +6,7 @@ One hard fact: llama.cpp knows Mixtral as architecture "llama" with an expert co
 tensor. Needs gguf and numpy only, so it runs in whatever Python llama.cpp was installed into.
 
 Blocks come from one pool of normal numbers, rounded by gguf itself, in windows at random places; routers and norms are float32.
-The embeddings are larger than what a layer adds, so routing is near-uniform here too.
+Every layer changes the residual stream as much as the one before, as in npmix's random stores, so routing is near-uniform here too.
 """
 
 import json
@@ -16,10 +16,10 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import random_scales
 
 BLOCK, BLOCK_BYTES = 32, 18  # inputs and bytes of a Q4_0 block: a float16 scale, 16 bytes of nibbles
 PIECE = 1 << 22
-EMBEDDING_STD = 4.0
 Q4_0 = gguf.GGMLQuantizationType.Q4_0
 
 
@@ -34,7 +34,7 @@ def block_pool(count: int, std: float, rng) -> np.ndarray:
 
 
 def scaled(blocks: np.ndarray, factor: float) -> np.ndarray:
-    """The same blocks, their scales times a power of two."""
+    """The same blocks, their scales times a number."""
     out = blocks.copy()
     scales = np.ascontiguousarray(out[:, :2]).view(np.float16) * np.float16(factor)
     out[:, :2] = scales.view(np.uint8).reshape(-1, 2)
@@ -42,24 +42,24 @@ def scaled(blocks: np.ndarray, factor: float) -> np.ndarray:
 
 
 def tensors(c: dict):
-    """(GGUF name, shape with the inputs last, kind) in file order. kind: "matrix", "embeddings", "router", "norm"."""
+    """(GGUF name, shape with the inputs last, kind, factor) in file order. kind: "matrix", "router", "norm"; factor: `random_scales.factor`."""
     d, f, e = c["dim"], c["hidden_dim"], c["n_experts"]
     q, kv = c["n_heads"] * c["head_dim"], c["n_kv_heads"] * c["head_dim"]
-    yield "token_embd.weight", (c["vocab_size"], d), "embeddings"
+    yield "token_embd.weight", (c["vocab_size"], d), "matrix", random_scales.factor("tok_embeddings", 0, d)
     for layer in range(c["n_layers"]):
         at = f"blk.{layer}."
-        yield at + "attn_norm.weight", (d,), "norm"
-        yield at + "attn_q.weight", (q, d), "matrix"
-        yield at + "attn_k.weight", (kv, d), "matrix"
-        yield at + "attn_v.weight", (kv, d), "matrix"
-        yield at + "attn_output.weight", (d, q), "matrix"
-        yield at + "ffn_norm.weight", (d,), "norm"
-        yield at + "ffn_gate_inp.weight", (e, d), "router"
-        yield at + "ffn_gate_exps.weight", (e, f, d), "matrix"
-        yield at + "ffn_up_exps.weight", (e, f, d), "matrix"
-        yield at + "ffn_down_exps.weight", (e, d, f), "matrix"
-    yield "output_norm.weight", (d,), "norm"
-    yield "output.weight", (c["vocab_size"], d), "matrix"
+        yield at + "attn_norm.weight", (d,), "norm", 1.0
+        yield at + "attn_q.weight", (q, d), "matrix", 1.0
+        yield at + "attn_k.weight", (kv, d), "matrix", 1.0
+        yield at + "attn_v.weight", (kv, d), "matrix", 1.0
+        yield at + "attn_output.weight", (d, q), "matrix", random_scales.factor("wo", layer, d)
+        yield at + "ffn_norm.weight", (d,), "norm", 1.0
+        yield at + "ffn_gate_inp.weight", (e, d), "router", 1.0
+        yield at + "ffn_gate_exps.weight", (e, f, d), "matrix", 1.0
+        yield at + "ffn_up_exps.weight", (e, f, d), "matrix", 1.0
+        yield at + "ffn_down_exps.weight", (e, d, f), "matrix", random_scales.factor("w_down", layer, d)
+    yield "output_norm.weight", (d,), "norm", 1.0
+    yield "output.weight", (c["vocab_size"], d), "matrix", 1.0
 
 
 class Weights:
@@ -67,7 +67,7 @@ class Weights:
 
     def __init__(self, c: dict, seed: int = 0):
         self.rng, self.dim = np.random.default_rng(seed), c["dim"]
-        largest = max(math.prod(shape[-2:]) for _, shape, kind in tensors(c) if kind in ("matrix", "embeddings"))
+        largest = max(math.prod(shape[-2:]) for _, shape, kind, _ in tensors(c) if kind == "matrix")
         self.pool = block_pool(largest // BLOCK * 3 // 2 + 4096, self.dim**-0.5, self.rng)
 
     def _window(self, rows: int, cols: int) -> np.ndarray:
@@ -75,16 +75,15 @@ class Weights:
         at = int(self.rng.integers(len(self.pool) - count))
         return self.pool[at : at + count]
 
-    def data(self, shape: tuple[int, ...], kind: str) -> np.ndarray:
+    def data(self, shape: tuple[int, ...], kind: str, factor: float) -> np.ndarray:
         """Q4_0 as uint8 of shape (..., rows, bytes a row); routers and norms float32."""
         if kind == "norm":
             return np.ones(shape, np.float32)
         if kind == "router":
             return self.rng.standard_normal(shape, np.float32) * np.float32(self.dim**-0.5)
         planes = [self._window(*shape[-2:]) for _ in range(math.prod(shape[:-2]))]
-        if kind == "embeddings":
-            planes = [scaled(planes[0], 2.0 ** round(math.log2(EMBEDDING_STD * self.dim**0.5)))]
-        return np.stack(planes).reshape(*shape[:-1], shape[-1] // BLOCK * BLOCK_BYTES)
+        planes = np.stack([plane if factor == 1 else scaled(plane, factor) for plane in planes])
+        return planes.reshape(*shape[:-1], shape[-1] // BLOCK * BLOCK_BYTES)
 
 
 def nbytes(shape: tuple[int, ...], kind: str) -> int:
@@ -121,15 +120,15 @@ def write(path: Path, c: dict, seed: int = 0) -> None:
     partial = path.with_name(path.name + ".partial")
     writer = gguf.GGUFWriter(partial, "llama")
     describe(writer, c)
-    for name, shape, kind in tensors(c):
+    for name, shape, kind, _ in tensors(c):
         raw = None if kind in ("norm", "router") else Q4_0
         stored = shape if raw is None else (*shape[:-1], shape[-1] // BLOCK * BLOCK_BYTES)
         writer.add_tensor_info(name, stored, np.dtype(np.float32 if raw is None else np.uint8), nbytes(shape, kind), raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for _, shape, kind in tensors(c):
-        writer.write_tensor_data(weights.data(shape, kind))
+    for _, *what in tensors(c):
+        writer.write_tensor_data(weights.data(*what))
     writer.close()
     partial.replace(path)
 

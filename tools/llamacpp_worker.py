@@ -1,6 +1,6 @@
 """llama.cpp in a process of its own: JSON commands on stdin, one JSON answer each on stdout.
 
-    {"do": "load", "path": FILE, "repack": true}            {"info": "AVX512_VNNI = 1 | ..."}
+    {"do": "load", "path": FILE, "repack": true}            {"info": "AVX512_VNNI = 1 | ...", "seconds": s}
     {"do": "context", "positions": N, "flash": true, "ubatch": 512, "threads": 2}
     {"do": "prefill", "ids": [...]}                         {"seconds": s}    appended to the sequence
     {"do": "decode", "ids": [...]}                          {"seconds": s}    one step an id
@@ -33,14 +33,18 @@ class Worker:
         self.model = self.context = None
         self.position = 0
 
-    def load(self, path: str, repack: bool) -> dict:
+    def load(self, path: str, repack: bool, mode: int | None = None) -> dict:
+        """mode: enum llama_load_mode, where this llama.cpp has it; None: its default, mapped."""
+        began = time.perf_counter()
         params = lib.llama_model_default_params()
+        if mode is not None:
+            params.load_mode = mode
         params.use_extra_bufts = repack
         params.n_gpu_layers = 0
         self.model = lib.llama_model_load_from_file(path.encode(), params)
         if not self.model:
             raise RuntimeError(f"llama.cpp cannot load {path}")
-        return {"info": lib.llama_print_system_info().decode().strip()}
+        return {"info": lib.llama_print_system_info().decode().strip(), "seconds": time.perf_counter() - began}
 
     def context_(self, positions: int, flash: bool, ubatch: int, threads: int) -> dict:
         if self.context:

@@ -3,11 +3,13 @@
     python tools/make_checkpoint.py OUT --layers 4 --quant q4              a packed store, written straight from the random source
     python tools/make_checkpoint.py OUT --layers 4 --quant q4 --uniform    every matrix at 4.5 bits
     python tools/make_checkpoint.py OUT --layers 2 --hf                    a Hugging Face folder: bf16 shards, index, config.json
+    python tools/make_checkpoint.py OUT --stream --quant q4                the conversion of 93 GB in bf16, made as they are asked for
 
-One hard fact: routing that repeats itself flatters whatever keeps experts in a cache. So weights have zero mean, the
-embeddings dominate the residual stream, and the routing is measured and printed: each expert's share by layer (the real Mixtral:
-3.5-19.9 %), how often the next token has the same first choice (14-28 % there), and how many experts are guessed right by applying a
-layer's router to the hidden state that the layer before it routed by (Eliseev & Mazur, arXiv 2312.17238).
+One hard fact: routing that repeats itself, or that is easily guessed, flatters whatever keeps experts in a cache. So weights have zero
+mean, each layer changes the residual stream as much as the one before (`random_scales.py`), and the routing is measured and printed: each
+expert's share by layer (the real Mixtral: 3.5-19.9 %), how often the next token has the same first choice (14-28 % there), and how many
+experts are guessed right by applying a layer's router to the hidden state that the layer before it routed by (Eliseev & Mazur, arXiv
+2312.17238): 60 to 80 % in every layer.
 
 All matrices are windows of one pool of random bf16 numbers of variance 1 / dim. Windows start at different distances from a multiple of
 gcd(dim, hidden), so no two experts have a row in common, and none repeats within a matrix, which is smaller than the pool.
@@ -16,6 +18,7 @@ gcd(dim, hidden), so no two experts have a row in common, and none repeats withi
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -23,17 +26,20 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from random_scales import EMBEDDING_STD, factor, growth  # noqa: E402
+
+from npmix.benchmark import anonymous_memory  # noqa: E402
 from npmix.checkpoint.names import huggingface_places  # noqa: E402
 from npmix.config import Config  # noqa: E402
 from npmix.convert import convert, make_recipe, round_piece, tensor_formats  # noqa: E402
-from npmix.formats import PACKED, ROW_BLOCK, row_blocks  # noqa: E402
+from npmix.formats import PACKED, ROW_BLOCK, row_blocks, span_bytes  # noqa: E402
 from npmix.quant.tensor import Tensor  # noqa: E402
 
 SHARD = 4 << 30  # bytes of weights in a file of the Hugging Face folder
 PIECE = 1 << 22
 POOL_ROWS = 2048  # rows of each kind that a packed store draws its own from
-EMBEDDING_STD = 4.0  # of the residual stream; a layer adds about 1, so the current token decides the routing
 MIXTRAL = {
     "layers": 32, "dim": 4096, "hidden": 14336, "heads": 32, "kv_heads": 8, "head_dim": 128, "experts": 8, "active": 2, "vocab": 32000,
     "positions": 65536,
@@ -78,12 +84,12 @@ class RandomSource:
     tokenizer_path = None
 
     def __init__(self, config: Config, seed: int = 0, embedding_std: float = EMBEDDING_STD, name: str = "random"):
-        self.path, self.config, self.seed = Path(name), config, seed
+        self.path, self.config, self.seed, self.embedding_std = Path(name), config, seed, embedding_std
+        self.served = 0  # bytes of tensors handed out
         self._shapes = config.tensor_shapes()
         largest = max(math.prod(shape) for shape in self._shapes.values())
         self._unit = math.gcd(config.dim, config.hidden_dim)
         self._pool = random_pool(largest + largest // 2 + 64 * self._unit, config.dim**-0.5, seed)
-        self._factor = embedding_std * config.dim**0.5
         matrices = [name for name, shape in self._shapes.items() if len(shape) == 2]
         self._number = {name: i for i, name in enumerate(matrices)}
 
@@ -99,18 +105,27 @@ class RandomSource:
         at = place * self._unit + (number * 37 + 1) % self._unit
         return self._pool[at : at + count].reshape(shape)
 
+    def factor(self, name: str) -> float:
+        """What a matrix is larger than the pool's numbers."""
+        parts = name.split(".")
+        return factor(parts[-1], int(parts[1]) if len(parts) > 1 else 0, self.config.dim, self.embedding_std)
+
+    @property
+    def pool_bytes(self) -> int:
+        """Memory of the random numbers."""
+        return self._pool.nbytes
+
     def tensor(self, name: str) -> Tensor:
         """A norm (ones, f32) or a matrix (bf16)."""
-        shape = self._shapes[name]
+        shape, factor = self._shapes[name], self.factor(name)
+        self.served += 2 * math.prod(shape)
         if len(shape) == 1:
             return Tensor(np.ones(shape, np.float32), "f32", shape)
         data = self._window(name)
-        if name == "tok_embeddings":
-            data = scaled(data, self._factor)
-        return Tensor(data, "bf16", shape)
+        return Tensor(data if factor == 1 else scaled(data, factor), "bf16", shape)
 
     def fingerprint(self) -> str:
-        return f"random pool, seed {self.seed}, embeddings x {self._factor}"
+        return f"random pool, seed {self.seed}, embeddings {self.embedding_std}, growing by {growth(self.embedding_std)}"
 
 
 class PackedSource(RandomSource):
@@ -130,17 +145,22 @@ class PackedSource(RandomSource):
         if not group:
             return super().tensor(name)
         shape = self._shapes[name]
-        pool = self._pool_of(name, shape[1], format, group)
+        pool = self._pool_of(shape[1], format, group, name == "tok_embeddings")
         order = np.random.default_rng([self.seed, self._number[name]]).integers(len(pool), size=row_blocks(shape[0]))
-        return Tensor(pool[order].reshape(-1), format, shape, group)
+        data, factor = pool[order].reshape(-1), self.factor(name)
+        if factor != 1:
+            spans = data.reshape(-1, span_bytes(format, group))  # each begins with its scales, 64 bytes
+            scales = np.ascontiguousarray(spans[:, :64]).view(np.float16)
+            spans[:, :64] = (scales * np.float16(factor)).view(np.uint8)
+        return Tensor(data, format, shape, group)
 
-    def _pool_of(self, name: str, cols: int, format: str, group: int) -> np.ndarray:
-        """(row blocks, bytes of one)"""
-        scale = self._factor if name == "tok_embeddings" else 1.0
-        key = cols, format, scale
+    def _pool_of(self, cols: int, format: str, group: int, embeddings: bool) -> np.ndarray:
+        """(row blocks, bytes of one); embeddings have rows of their own, or the first layer would find itself in its input."""
+        key = cols, format, embeddings
         if key not in self._pools:
-            rows = min(POOL_ROWS, len(self._pool) // cols // ROW_BLOCK * ROW_BLOCK)
-            weights = Tensor(scaled(self._pool[: rows * cols].reshape(rows, cols), scale), "bf16", (rows, cols))
+            rows = min(POOL_ROWS, len(self._pool) // (2 * cols * ROW_BLOCK) * ROW_BLOCK)
+            data = self._pool[rows * cols :] if embeddings else self._pool
+            weights = Tensor(data[: rows * cols].reshape(rows, cols), "bf16", (rows, cols))
             self._pools[key] = round_piece(weights, 0, rows, format, group).reshape(row_blocks(rows), -1)
         return self._pools[key]
 
@@ -246,6 +266,31 @@ def print_routing(found: list[dict], tokens: int) -> None:
         print(f"layer {layer:3d}  {shares}   repeats {100 * row['repeats']:3.0f} %{guessed}")
 
 
+# ---- a conversion of what lies on no disk --------------------------------------------------------------
+
+
+class Watch:
+    """A conversion from a source that counts what it served: resident memory, rate and processor time."""
+
+    def __init__(self, source: RandomSource):
+        self.source, self.began, self.said, self.anonymous = source, time.perf_counter(), 0.0, 0
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        self.anonymous = max(self.anonymous, (anonymous_memory() or 0))
+        now = time.perf_counter()
+        if now - self.said > 30 or done == total:
+            self.said = now
+            print(f"{100 * done / total:5.1f} %  {self.words()}  {what}", flush=True)
+
+    def words(self) -> str:
+        seconds, times = time.perf_counter() - self.began, os.times()
+        return (
+            f"{self.source.served / 1e9:.2f} GB of bf16 in {seconds:.0f} s, {self.source.served / 1e6 / seconds:.0f} MB/s; "
+            f"processor {times.user + times.system:.0f} s; "
+            f"memory at most {self.anonymous / 1e6:.0f} MB, {self.source.pool_bytes / 1e6:.0f} of it the random pool"
+        )
+
+
 # ---- the command -------------------------------------------------------------------------------------
 
 
@@ -261,7 +306,9 @@ def arguments() -> argparse.ArgumentParser:
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=value, metavar="N", help=f"default {value}")
     parser.add_argument("--quant", choices=list(PACKED), default="q4", help="of the packed store (default q4)")
     parser.add_argument("--uniform", action="store_true", help="every matrix like the experts")
-    parser.add_argument("--hf", action="store_true", help="a Hugging Face folder in bf16 instead of a packed store")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--hf", action="store_true", help="a Hugging Face folder in bf16 instead of a packed store")
+    kind.add_argument("--stream", action="store_true", help="round every weight, from bf16 that lies on no disk; made again, it goes on")
     parser.add_argument("--seed", type=int, default=0)
     std = EMBEDDING_STD
     parser.add_argument("--embedding-std", type=float, default=std, metavar="X", help=f"of the embeddings (default {std})")
@@ -277,8 +324,12 @@ def main(argv=None) -> None:
     if args.hf:
         write_huggingface(source := RandomSource(config, args.seed, args.embedding_std), args.out)
     else:
-        source = PackedSource(config, args.quant, args.uniform, args.seed, args.embedding_std)
-        convert(source, args.out, args.quant, uniform=args.uniform, force=args.force, progress=_progress)
+        if args.stream:
+            progress = Watch(source := RandomSource(config, args.seed, args.embedding_std))
+        else:
+            source, progress = PackedSource(config, args.quant, args.uniform, args.seed, args.embedding_std), _progress
+        convert(source, args.out, args.quant, uniform=args.uniform, force=args.force, progress=progress)
+        del progress
     del source
     seconds, size = time.perf_counter() - began, sum(file.stat().st_size for file in args.out.iterdir())
     print(f"{args.out}: {size / 1e9:.2f} GB in {seconds:.0f} s", flush=True)
