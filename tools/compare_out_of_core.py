@@ -14,7 +14,8 @@ npmix without, the disk again. Random token ids are fed one by one, as llama-ben
     ratio       npmix over llama.cpp, over the tokens that both came to (--seconds cuts slow runs short)
     bound       tokens a second if the disk had read, at the rate measured around it, without a pause, what had to be read (all bytes of the
                 experts that were missing, or that were read in time because of a right guess); share: npmix's part of that
-    peak        the most memory of the control group, page cache counted (libraries that others brought into the cache are not)
+    read        gigabytes from the disk per token after loading, npmix / llama.cpp (/proc/PID/io)
+    peak        the most memory of the control group, page cache counted (libraries that others brought into the cache are not), of both
 """
 
 import argparse
@@ -71,19 +72,19 @@ class Program:
 
     def run(self, ids: list[int], limit: int, options: dict, patience: float) -> dict:
         """Feed the ids from a cold start; after `patience` seconds no further ones. Returns what was found, an "error" where it failed."""
-        found = {"tokens": [], "logits": [], "options": options, "load_seconds": 0.0, "processor": 0.0}
+        found = {"tokens": [], "logits": [], "options": options, "load_seconds": 0.0, "processor": 0.0, "read": 0}
         with MemoryGroup("npmix-compare", limit) as group:
             process = Process(self.python, self.worker, self.needs, group.prefix)
             alarm = threading.Timer(2 * patience + 60, process.kill)
             alarm.start()
             try:
                 found["load_seconds"] = self.load(process, len(ids), options)
-                at_load = read_bytes(process.pid)
+                found["read_by_load"] = read_bytes(process.pid)
                 while len(found["tokens"]) < len(ids) and sum(found["tokens"]) < patience:
                     answer = process.ask("decode", ids=[ids[len(found["tokens"])]])
                     found["tokens"].append(answer["seconds"])
                     found["logits"].append(answer.get("logits"))
-                found.update(read_by_load=at_load, read=read_bytes(process.pid) - at_load)
+                    found["read"] = read_bytes(process.pid) - found["read_by_load"]
                 if self.worker.stem == "npmix_worker":
                     found["statistics"] = process.ask("statistics")
             except PeerError as error:
@@ -190,36 +191,57 @@ def bound(run: dict, disk_rate: float) -> float:
     return disk_rate * len(run["tokens"]) / needed if needed else 0.0
 
 
+COLUMNS = {  # and their widths
+    "GiB": 5, "npmix": 14, "tok/s (loaded)": 16, "llama.cpp": 16, "ratio": 7, "(loaded)": 9, "bound": 7, "share": 6, "disk": 6,
+    "read": 11, "peak": 12, "hits": 6, "guessed right": 15, "tokens": 8,
+}  # fmt: skip
+
+
 def table(rows: list[dict]):
     """Two lines a row: with guessing, and without."""
-    yield (
-        f"{'GiB':>5} {'npmix':14}{'tok/s (loaded)':>17}{'llama.cpp':>17}{'ratio':>8}{'(loaded)':>10}{'bound':>8}{'share':>7}"
-        f"{'disk':>7}{'peak':>7}{'hits':>6}{'guessed right':>15}{'tokens':>8}"
-    )
+    yield in_columns(list(COLUMNS))
     for row in rows:
         peer = row.get("llamacpp") or {"tokens": []}
         for name in NPMIX:
-            run = row[name]
-            yield line(row["limit"], name, run, peer, row["disk_rate"])
+            yield in_columns([f"{row['limit'] / GIB:.3g}", name, *cells(row[name], peer, row["disk_rate"])])
 
 
-def line(limit: int, name: str, run: dict, peer: dict, disk_rate: float) -> str:
-    """A row of the table."""
+def in_columns(texts: list[str]) -> str:
+    return " ".join(text.rjust(width) for text, width in zip(texts, COLUMNS.values()))
+
+
+def cells(run: dict, peer: dict, disk_rate: float) -> list[str]:
+    """A run's part of a line, from its tokens a second on; what is not known is a dash."""
     if run.get("error"):
-        return f"{limit / GIB:5.3g} {name:14}{in_words(run)}"
-    both, stats = min(len(run["tokens"]), len(peer["tokens"])), run.get("statistics", {})
-    theirs = f"{speed(peer):.3f} ({speed(peer, loading=True):.3f})" if both else "does not run" if "error" in peer else "-"
-    ratios = [speed(run, both, loading) / speed(peer, both, loading) if both else 0 for loading in (False, True)]
-    most = bound(run, disk_rate)
+        return [in_words(run)]
+    ours, theirs = len(run["tokens"]), len(peer["tokens"])
+    both, most, stats = min(ours, theirs), bound(run, disk_rate), run.get("statistics", {})
     hits, right, wrong = (stats.get(key, 0) for key in ("hits", "guesses_right", "guesses_wrong"))
     asked = hits + stats.get("misses", 0)
-    return (
-        f"{limit / GIB:5.3g} {name:14}{f'{speed(run):.3f} ({speed(run, loading=True):.3f})':>17}{theirs:>17}"
-        f"{f'{ratios[0]:.2f}' if both else '-':>8}{f'({ratios[1]:.2f})' if both else '-':>10}"
-        f"{f'{most:.3f}' if most else '-':>8}{f'{100 * speed(run) / most:.0f} %' if most else '-':>7}{disk_rate / 1e9:7.2f}{run['peak'] / GIB:7.2f}"
-        f"{f'{100 * hits / asked:.0f} %' if asked else '-':>6}{f'{right} of {right + wrong}' if right + wrong else '-':>15}"
-        + f"{len(run['tokens'])}/{len(peer['tokens'])}".rjust(8)
-    )
+
+    def speeds(run):
+        return f"{speed(run):.3f} ({speed(run, loading=True):.3f})"
+
+    def ratio(loading):
+        return f"{speed(run, both, loading) / speed(peer, both, loading):.2f}" if both else "-"
+
+    def read(run):
+        return f"{run['read'] / len(run['tokens']) / 1e9:.2f}" if run["tokens"] else "-"
+
+    return [
+        speeds(run),
+        speeds(peer) if theirs else "does not run" if "error" in peer else "-",
+        ratio(False),
+        f"({ratio(True)})",
+        f"{most:.3f}" if most else "-",
+        f"{100 * speed(run) / most:.0f} %" if most else "-",
+        f"{disk_rate / 1e9:.2f}",
+        f"{read(run)}/{read(peer)}",
+        f"{run['peak'] / GIB:.2f}/{peer.get('peak', 0) / GIB:.2f}",
+        f"{100 * hits / asked:.0f} %" if asked else "-",
+        f"{right} of {right + wrong}" if right + wrong else "-",
+        f"{ours}/{theirs}",
+    ]
 
 
 def report(rows: list[dict], about: dict) -> None:

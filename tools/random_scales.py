@@ -4,7 +4,7 @@ One hard fact: normalised inputs make every layer add equally much, so in a deep
 the sum of those before it, and the next layer's router is guessed right 90 times of 100. So what a layer adds grows with depth as the
 residual stream does (as in trained models: Heimersheim and Turner 2023), by a factor that the embeddings' size settles.
 
-With the defaults 63-73 % of the experts are guessed right in each of 32 layers (width 512; 70-72 % in 4 full-width layers).
+With the defaults 62-73 % of the experts are guessed right in each of 32 layers at full width, and each expert takes 6-20 % of 128 tokens' choices.
 """
 
 EMBEDDING_STD = 1.5  # of the residual stream at its beginning

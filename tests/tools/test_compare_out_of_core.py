@@ -83,7 +83,15 @@ def test_without_groups_it_says_so(tmp_path, monkeypatch):
 
 
 def run(*seconds, **more):
-    return {"tokens": list(seconds), "load_seconds": 1.0, "peak": 2 << 30, "logits": ["a"] * len(seconds), "expert_bytes": 10**8, **more}
+    return {
+        "tokens": list(seconds),
+        "load_seconds": 1.0,
+        "peak": 2 << 30,
+        "read": 10**9 * len(seconds),
+        "logits": ["a"] * len(seconds),
+        "expert_bytes": 10**8,
+        **more,
+    }
 
 
 STATISTICS = {"hits": 30, "misses": 10, "bytes_read": 14 * 10**8, "guesses_right": 6, "guesses_wrong": 4}  # of 100 MB each
@@ -94,7 +102,21 @@ def test_ratio_is_over_the_tokens_both_came_to(capsys):
     row = {"limit": 4 << 30, "disk_rate": 1e9, "llamacpp": run(2.0, 2.0), "not guessing": run(1.0, 1.0, 6.0, statistics=STATISTICS)}
     row["guessing"] = run(0.5, 0.5, 4.0, statistics=STATISTICS)
     first, second = list(tool.table([row]))[1:]
-    for words in (" 4 ", "guessing", "0.600 (0.500)", "0.500 (0.400)", " 4.00 ", "(2.50)", "3.000", "20 %", "75 %", "6 of 10", "3/2"):
+    for words in (
+        " 4 ",
+        "guessing",
+        "0.600 (0.500)",
+        "0.500 (0.400)",
+        " 4.00 ",
+        "(2.50)",
+        "3.000",
+        "20 %",
+        "75 %",
+        "6 of 10",
+        "1.00/1.00",
+        "2.00/2.00",
+        "3/2",
+    ):
         assert words in first, words
     assert "2.00" in second and "not guessing" in second
     tool.report([row], {"model": "a synthetic model", "machine": {"cpu": "x"}, "threads": 2, "cgroup": 1})

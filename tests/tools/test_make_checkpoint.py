@@ -79,7 +79,7 @@ def test_uniform_store_has_one_format(tmp_path):
 def test_the_next_layers_experts_are_guessed_neither_always_nor_never(tmp_path):
     """With the sizes by default 60 to 80 % of the experts are guessed right in every layer, however deep (here within chance: 1,024 guesses)."""
     deep = {**SIZES, "dim": 256, "hidden": 896, "layers": 12, "experts": 8}
-    tool.main([str(tmp_path / "q4"), *(f"--{name.replace('_', '-')}={n}" for name, n in deep.items()), "--uniform", "--tokens", "0"])
+    tool.main([str(tmp_path / "q4"), *(f"--{name.replace('_', '-')}={n}" for name, n in deep.items()), "--tokens", "0"])
     rates = [row["guessed"] for row in tool.measure_routing(tmp_path / "q4", 512)[1:]]
     assert 0.6 < np.mean(rates) < 0.8 and 0.55 < min(rates) and max(rates) < 0.85
 
