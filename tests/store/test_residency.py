@@ -18,6 +18,7 @@ from npmix.errors import EngineError, InputError, StoreError
 from npmix.generate import BUNDLED
 from npmix.kernels._jit import DISABLED
 from npmix.store import open_store, paging
+from npmix.store import residency as module
 from npmix.store.residency import Residency
 
 IDS = list(range(40, 49)) if DISABLED else [int(i) for i in np.random.default_rng(5).integers(3, 700, 48)]
@@ -228,6 +229,26 @@ def test_a_read_error_and_after_it(opened, expected, monkeypatch):
         patch.setattr(paging.PlannedFile, "_read", fail)
         with pytest.raises(StoreError, match="layer-00003.*at byte.*check the disk"):
             run(engine)
+    assert same(run(engine), expected)
+
+
+@pytest.mark.compiled
+def test_experts_in_many_pieces(opened, expected, monkeypatch):
+    """Experts of many pieces, some of which fail: an error, again and at once, and never a wait without end; then the same bits."""
+    monkeypatch.setattr(module, "PIECE", 8192)
+    engine, fetch = opened(2), paging.Copy.fetch
+
+    def fail(self, file, start, offset, nbytes):
+        time.sleep(0.002)
+        if offset == 16384:
+            raise StoreError("this piece cannot be read")
+        fetch(self, file, start, offset, nbytes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(paging.Copy, "fetch", fail)
+        for _ in range(5):
+            with pytest.raises(StoreError, match="this piece"):
+                run(engine)
     assert same(run(engine), expected)
 
 
