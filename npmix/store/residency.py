@@ -169,7 +169,9 @@ class Residency:
                 stats.guesses_wrong += not chosen
                 unit.ahead = False
         for unit in units:
-            unit.pinned, unit.error = True, None
+            unit.pinned = True
+            if unit.flying == 0:  # else pieces of a read that failed are still to come
+                unit.error = None
             stats.hits += unit.ready
             stats.misses += not unit.ready
         self._wanted = [unit for unit in units if not unit.ready]

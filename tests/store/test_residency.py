@@ -18,6 +18,7 @@ from npmix.errors import EngineError, InputError, StoreError
 from npmix.generate import BUNDLED
 from npmix.kernels._jit import DISABLED
 from npmix.store import open_store, paging
+from npmix.store import residency as module
 from npmix.store.residency import Residency
 
 IDS = list(range(40, 49)) if DISABLED else [int(i) for i in np.random.default_rng(5).integers(3, 700, 48)]
@@ -92,12 +93,14 @@ def test_without_direct_reads(opened, expected, monkeypatch):
     assert same(run(opened(3)), expected)
 
 
+@pytest.mark.compiled
 def test_a_kernel_without_populate(opened, expected, monkeypatch):
     """Where madvise knows no MADV_POPULATE_READ, a map's pages come through the page cache: the same bits."""
     monkeypatch.setattr(paging, "_madvise", lambda *_: errno.EINVAL)
     assert same(run(opened(3, load="map")), expected)
 
 
+@pytest.mark.compiled
 def test_an_expert_is_read_at_most_once_a_chunk(opened, monkeypatch):
     """A chunk that wants every expert reads none of them twice, however few fit."""
     for capacity in (2, 5, 12):
@@ -182,6 +185,7 @@ def test_a_shard_changed_in_place(opened, store, load, harm):
         assert engine.position == position
 
 
+@pytest.mark.compiled
 def test_a_mapped_shard_changed_when_all_is_in_memory(opened, store):
     """A map is the file: it is looked at before each token even when nothing needs to be read."""
     engine = all_there(opened(EXPERTS, store, load="map"))
@@ -191,6 +195,7 @@ def test_a_mapped_shard_changed_when_all_is_in_memory(opened, store):
         engine.step(5)
 
 
+@pytest.mark.compiled
 def test_copies_do_not_care(opened, store, expected):
     """With load="read" and everything in memory the files may be truncated: the same bits."""
     engine = all_there(opened(EXPERTS, store))
@@ -227,6 +232,27 @@ def test_a_read_error_and_after_it(opened, expected, monkeypatch):
     assert same(run(engine), expected)
 
 
+@pytest.mark.compiled
+def test_experts_in_many_pieces(opened, expected, monkeypatch):
+    """Experts of many pieces, some of which fail: an error, again and at once, and never a wait without end; then the same bits."""
+    monkeypatch.setattr(module, "PIECE", 8192)
+    engine, fetch = opened(2), paging.Copy.fetch
+
+    def fail(self, file, start, offset, nbytes):
+        time.sleep(0.002)
+        if offset == 16384:
+            raise StoreError("this piece cannot be read")
+        fetch(self, file, start, offset, nbytes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(paging.Copy, "fetch", fail)
+        for _ in range(5):
+            with pytest.raises(StoreError, match="this piece"):
+                run(engine)
+    assert same(run(engine), expected)
+
+
+@pytest.mark.compiled
 def test_a_map_that_cannot_be_read(opened, expected, monkeypatch):
     """An error while a map's pages are brought in is a StoreError, and no signal later."""
     engine = opened(2, load="map")
@@ -240,6 +266,7 @@ def test_a_map_that_cannot_be_read(opened, expected, monkeypatch):
     assert same(run(engine), expected)
 
 
+@pytest.mark.compiled
 def test_a_slow_disk(opened, expected, monkeypatch):
     """A slow disk makes a slower run: somebody is told while it waits, the wait is counted, the bits are the same."""
     engine, told = opened(2), []
@@ -250,6 +277,7 @@ def test_a_slow_disk(opened, expected, monkeypatch):
     assert told and engine.residency.stats.waited_s > 0.05
 
 
+@pytest.mark.compiled
 def test_memory_that_becomes_less_and_more(opened, expected):
     """When other programs take memory, experts go between two layers, down to one; when they give it back, more come; ==."""
     engine = opened(EXPERTS)
@@ -262,6 +290,7 @@ def test_memory_that_becomes_less_and_more(opened, expected):
     all_there(engine)
 
 
+@pytest.mark.compiled
 def test_idle_readers_watch(opened):
     """Experts go also while nobody asks for a token."""
     residency = all_there(opened(EXPERTS)).residency
@@ -272,6 +301,7 @@ def test_idle_readers_watch(opened):
     assert residency._held == 4
 
 
+@pytest.mark.compiled
 def test_no_more_memory_from_the_system(opened, expected, monkeypatch):
     """A system that gives no memory for another expert: the run goes on with those there are."""
     engine = opened(2)
@@ -288,6 +318,7 @@ def test_no_more_memory_from_the_system(opened, expected, monkeypatch):
 # ---- interrupts and ends --------------------------------------------------------------------------
 
 
+@pytest.mark.compiled
 def test_an_interrupt_while_reading(opened, expected, monkeypatch):
     """Ctrl-C in the middle of a wait leaves a model that works, with the same bits."""
     engine = opened(2)
@@ -321,6 +352,7 @@ def test_close_ends_the_readers():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.compiled
 def test_fork():
     """A child of a process with a model under a budget is told so, can close it, and ends; the parent goes on."""
     code = (
@@ -353,6 +385,7 @@ def test_a_budget_too_small_names_the_least_that_would_do():
         assert engine.residency.stats.capacity >= engine.config.n_active + 1
 
 
+@pytest.mark.compiled
 def test_a_longer_chunk_where_experts_must_be_read_again(monkeypatch):
     """When not all experts fit, the default chunk grows as far as the scratch is a small part of the budget; a given one stays."""
     monkeypatch.setattr(Residency, "expert_bytes", property(lambda self: 100 << 20))
