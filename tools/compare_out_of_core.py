@@ -39,6 +39,7 @@ from memory_group import MemoryGroup, NoGroup  # noqa: E402
 
 from npmix.benchmark import machine, token_ids  # noqa: E402
 from npmix.convert import convert  # noqa: E402
+from npmix.errors import NpmixError  # noqa: E402
 from npmix.store import open_store  # noqa: E402
 
 TOOLS = Path(__file__).resolve().parent
@@ -340,7 +341,7 @@ def main(argv=None) -> None:
             if args.json:
                 args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
         report(rows, about)
-    except PeerError as error:
+    except (PeerError, NpmixError) as error:
         raise SystemExit(f"compare_out_of_core: {error}") from None
     finally:
         if not args.keep:

@@ -34,6 +34,7 @@ from npmix.benchmark import anonymous_memory  # noqa: E402
 from npmix.checkpoint.names import huggingface_places  # noqa: E402
 from npmix.config import Config  # noqa: E402
 from npmix.convert import convert, make_recipe, round_piece, tensor_formats  # noqa: E402
+from npmix.errors import NpmixError  # noqa: E402
 from npmix.formats import PACKED, ROW_BLOCK, row_blocks, span_bytes  # noqa: E402
 from npmix.quant.tensor import Tensor  # noqa: E402
 
@@ -328,7 +329,10 @@ def main(argv=None) -> None:
             progress = Watch(source := RandomSource(config, args.seed, args.embedding_std))
         else:
             source, progress = PackedSource(config, args.quant, args.uniform, args.seed, args.embedding_std), _progress
-        convert(source, args.out, args.quant, uniform=args.uniform, force=args.force, progress=progress)
+        try:
+            convert(source, args.out, args.quant, uniform=args.uniform, force=args.force, progress=progress)
+        except NpmixError as error:
+            raise SystemExit(f"make_checkpoint: {error}") from None
         del progress
     del source
     seconds, size = time.perf_counter() - began, sum(file.stat().st_size for file in args.out.iterdir())
