@@ -120,7 +120,8 @@ def quantise(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """float32 (N, K) -> codes uint8 (N, K), scales float16 (N, ceil(K / group)), selectors uint8 (N, ceil(K / per)).
 
-    importance: float32 (K,), how much an error counts in each input; without it all count the same. search: what finds them. Raises ConversionError for NaN, infinity, or weights whose scale would overflow float16.
+    importance: float32 (K,), how much an error counts in each input; without it all count the same. search: what finds
+    them. Raises ConversionError for NaN, infinity, or weights whose scale would overflow float16.
     """
     problem = status(w, format)
     if problem:
