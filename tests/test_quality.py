@@ -36,10 +36,10 @@ def base(windows):
 
 @pytest.mark.compiled
 def test_q8(tmp_path, windows, base):
-    """8 bits: the first choice agrees at 98 % of 20,000 held-out positions or more, mean KL is below 0.001."""
+    """8 bits: the first choice agrees at 98.5 % of 20,000 held-out positions or more, mean KL is below 0.0006 (measured: 99.2 %, 0.00037)."""
     assert windows.size >= POSITIONS
     same, kl, _ = compare(convert(DATA / "tiny_mixtral", tmp_path / "q8", "q8"), windows, base)
-    assert same >= 0.98 and 0 <= kl < 0.001
+    assert same >= 0.985 and 0 <= kl < 0.0006
 
 
 @pytest.mark.compiled
