@@ -53,7 +53,8 @@ def quantised(x):
 @pytest.mark.parametrize("group", GROUPS)
 def test_quantised_inputs(group):
     """codes = nearest even(x * (top / max|x|)) within -127..127, scale = max|x| / top, top the best of TOPS in groups
-    of FINE, else 127, the start FLOAT + START * the sum of the codes: exactly; inputs below 1e-30 are 0. Words of four codes land their distance apart and nothing else is written."""
+    of FINE, else 127, the start FLOAT + START * the sum of the codes: exactly; inputs below 1e-30 are 0. Words of four codes land their
+    distance apart and nothing else is written."""
     for x in edge_groups(group, group):
         given = memory(x)
         for word_bytes in (4, 24):
