@@ -5,8 +5,8 @@ written in order, so memory does not grow with the model. The pages of a tensor 
 What becomes what: `store/recipe.py`.
 
 With an importance file (`store/importance.py`) an error of a weight counts as much as its input is large, and with second moments too
-(`store/moments.py`) later weights of a group make up for the errors of earlier ones, in formats with groups of 128 (q2, q3, q4). Formats
-without a search (q8, f16) are the same with and without.
+(`store/moments.py`) later weights of a group make up for the errors of earlier ones, in tables with groups of 128 (q2, q3, q4). f16 has
+no use for either, q8, q6 and q5 have none for second moments: a warning says so.
 """
 
 import warnings
@@ -143,6 +143,26 @@ class _Rounder:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _compensated(format: str, group: int) -> bool:
+    """Whether second moments are of use."""
+    return format in PACKED and bool(PACKED[format].values) and group == MOMENTS
+
+
+def _of_use(recipe: dict, importance, second_moments) -> tuple:
+    """The files of `calibrate` that a recipe uses; a warning names the others."""
+    format, group = recipe["experts"]
+    if importance is not None and format not in PACKED:
+        what = f"{importance} is" if second_moments is None else f"{importance} and {second_moments} are"
+        warnings.warn(f"{format} weighs no errors: {what} not used", stacklevel=3)
+        return None, None
+    if None not in (importance, second_moments) and not _compensated(format, group):
+        warnings.warn(
+            f"{format} weighs errors by {importance} alone: {second_moments} is of use to q4, q3 and q2, and is not used", stacklevel=3
+        )
+        return importance, None
+    return importance, second_moments
+
+
 def _as_it_is(tensor: Tensor) -> np.ndarray:
     """The bytes of a tensor that keeps its format."""
     if not is_finite(tensor):
@@ -163,9 +183,8 @@ def _fill(file, plan: FilePlan, source, rounder: _Rounder, weighting: Weighting,
             elif len(slot.shape) == 1:
                 parts = [_narrow(dequantize(tensor), slot.format)]
             else:
-                searched = slot.format in PACKED and PACKED[slot.format].values
-                measured = [weighting.weights(slot.name)] if searched else []
-                if searched and slot.group == MOMENTS:
+                measured = [weighting.weights(slot.name)] if slot.format in PACKED else []
+                if _compensated(slot.format, slot.group):
                     measured.append(weighting.factors(slot.name, slot.shape[1]))
                 parts = rounder.pieces(tensor, slot.format, slot.group, *measured)
             for part in parts:
@@ -209,7 +228,7 @@ def convert(
     try:
         if own and isinstance(source, Store):
             _warn_of_both(source, recipe)
-        weighting = Weighting(importance, second_moments, source.config)
+        weighting = Weighting(*_of_use(recipe, importance, second_moments), source.config)
         recipe |= weighting.about
         return _convert(source, Path(dst), recipe, force, threads or default_threads(), progress, weighting)
     finally:

@@ -12,7 +12,7 @@ its codes become int8:
 
 with a selector for each `per` inputs of a row. Values are small tables of integers, uneven because weights are; a selector
 picks the table, or a signed multiplier that scales and mirrors the one there is, to suit its inputs. All integers
-fit int8, so every kernel sees the same exact ones, and no format has more than 128 of them: one instruction of AVX-512 finds any.
+fit int8, so every kernel sees the same exact ones, and no table has more than 128 of them: one instruction of AVX-512 finds any.
 
 16 rows form a row block and two groups a span; both are the unit of padding (scales 0). A row block is
 one stream of bytes, span after span:
@@ -34,10 +34,10 @@ CHUNK = 32  # inputs whose codes lie together: whole lines of every plane
 GROUPS = (32, 64, 128)  # inputs that may share a scale; their activations share one too
 EXPERT_UNIT = 256  # rows of w_gate and w_up that one thread takes at a time: whole pairs of groups of w_down's inputs
 
-# The scales that rounding tries for a format with selectors, times its `unit`; those for one without, as what the largest weight
-# becomes, in units of the lowest value; and how often it refits the best by least squares
+# The scales that rounding tries for a format with selectors, times its `unit`; those for one without, as by how much the largest weight
+# comes short of the lowest value (`Packed.extremes`); and how often it refits the best by least squares
 RATIOS = (0.7, 0.775, 0.85, 0.95, 1.05, 1.15, 1.275, 1.4)
-EXTREMES = (1.0, 0.985, 1.015, 1.03, 1.045, 1.06, 1.09, -0.97)
+SHORT = (0.0, 0.48, -0.48, -0.96, -1.44, -1.92, -2.88)
 REFITS = 2
 
 # Error-compensating rounding: what is added to the diagonal of second moments of mean 1, the scales tried, and the limits of the last step
@@ -62,8 +62,8 @@ class Packed:
     planes: tuple[int, ...]
     group: int
     values: tuple[tuple[int, ...], ...] = ()
-    multipliers: tuple[int, ...] = ()
-    per: int = 0
+    multipliers: tuple[int, ...] = (1,)
+    per: int = CHUNK
     unit: float = 0.0
 
     @property
@@ -88,20 +88,26 @@ class Packed:
     @property
     def pad(self) -> int:
         """The code that fills what lies outside the matrix: that of a weight of 0 under the first selector."""
-        return sum(a + b < 0 for a, b in zip(self.values[0], self.values[0][1:])) if self.values else 128
+        return sum(a + b < 0 for a, b in zip(self.row(0), self.row(0)[1:]))
 
     @property
     def top(self) -> int:
         """The largest |int8| that a code means."""
-        return max(max(map(abs, self.row(s))) * abs(m) for s, m in enumerate(self.multipliers)) if self.values else 127
+        return max(max(map(abs, self.row(s))) * abs(m) for s, m in enumerate(self.multipliers))
+
+    @property
+    def extremes(self) -> tuple[float, ...]:
+        """What the weight of largest magnitude becomes under each scale that is tried, if there are no selectors."""
+        low = self.row(0)[0]
+        return (*(low + short for short in SHORT), -low - 0.96)
 
     def row(self, selector: int) -> tuple[int, ...]:
         """A selector's values, before its multiplier."""
-        return self.values[selector % len(self.values)]
+        return self.values[selector % len(self.values)] if self.values else tuple(range(-128, 128))
 
     def selector_bytes(self, inputs: int) -> int:
         """Bytes of one row's selectors for so many inputs."""
-        return inputs // self.per * self.selector_bits // 8 if self.per else 0
+        return inputs // self.per * self.selector_bits // 8
 
 
 # Tables fitted to Gaussian weights (Lloyd's algorithm, scales and selectors chosen anew in each round); `tools/LOG.md` has their errors
@@ -156,7 +162,7 @@ PACKED = {
     format.name: format
     for format in (
         Packed("q8", (8,), 128),
-        Packed("q6", (4, 2), 32, (tuple(range(-32, 32)),), (1,), 32),
+        Packed("q6", (4, 2), 32, (tuple(range(-32, 32)),)),
         Packed("q5", (4, 1), 64, _Q5, (1,) * 4, 8, 0.029),
         Packed("q4", (4,), 128, ((-10, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 7, 9, 11),), (-5, -4, -3, -2, 2, 3, 4, 5), 8, 0.0578),
         Packed("q3", (2, 1), 128, _Q3, (1,) * 16, 16, 0.029),

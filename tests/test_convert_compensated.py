@@ -63,10 +63,25 @@ def test_every_expert_is_rounded_by_its_own_moments(tmp_path, files):
 
 @pytest.mark.parametrize("quant", [name for name, spec in PACKED.items() if spec.group != MOMENTS or not spec.values])
 def test_formats_of_other_groups_take_importance_alone(tmp_path, files, quant):
-    """Where no whole block of moments shares a scale, or nothing is searched, second moments change no byte of the weights."""
+    """Where no whole block of moments shares a scale of a table, second moments change nothing: a warning says so, the recipe has none."""
     hf = tiny_hf(tmp_path / "hf")
     weighted = convert(hf, tmp_path / "a", quant, importance=files["importance"])
-    assert content(convert(hf, tmp_path / "b", quant, **files)) == content(weighted)
+    with pytest.warns(UserWarning, match=f"{quant} weighs errors by .*i alone: .*m is of use to q4, q3 and q2, and is not used"):
+        assert content(convert(hf, tmp_path / "b", quant, **files)) == content(weighted)
+    recipe = json.loads((tmp_path / "b" / "npmix.json").read_text())["recipe"]
+    assert "importance" in recipe and "second_moments" not in recipe
+
+
+def test_f16_takes_neither_file(tmp_path, files):
+    """Nothing of f16 is weighted: a warning names what is not used, one file or both; the store is the same as without, manifest included."""
+    hf = tiny_hf(tmp_path / "hf")
+    alone = convert(hf, tmp_path / "a", "f16")
+    with pytest.warns(UserWarning, match="f16 weighs no errors: .*i and .*m are not used"):
+        both = convert(hf, tmp_path / "b", "f16", **files)
+    with pytest.warns(UserWarning, match="f16 weighs no errors: .*i is not used"):
+        one = convert(hf, tmp_path / "c", "f16", importance=files["importance"])
+    for other in (both, one):
+        assert content(other) == content(alone) and (other / "npmix.json").read_text() == (alone / "npmix.json").read_text()
 
 
 def test_experts_seldom_chosen_take_after_the_others(tmp_path):
@@ -96,14 +111,15 @@ def test_experts_seldom_chosen_take_after_the_others(tmp_path):
     assert weighting.factors("tok_embeddings", 64) is None and Weighting(path, None, CONFIG).factors("output", 64) is None
 
 
-def test_the_manifest_names_both_files(tmp_path, files):
-    """The recipe holds the sha256, text and tokens of both."""
+def test_the_manifest_names_both_files(tmp_path, files, recwarn):
+    """The recipe holds the sha256, text and tokens of both where both are used, and nothing warns."""
     import hashlib
 
-    convert(tiny_hf(tmp_path / "hf"), tmp_path / "a", "q8", **files)
+    convert(tiny_hf(tmp_path / "hf"), tmp_path / "a", "q4", **files)
     recipe = json.loads((tmp_path / "a" / "npmix.json").read_text())["recipe"]
     for kind, path in files.items():
         assert recipe[kind] == {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "text": "t", "tokens": TOKENS}
+    assert not recwarn.list
 
 
 @pytest.mark.compiled

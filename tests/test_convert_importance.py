@@ -33,7 +33,7 @@ def content(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "npmix.json"}
 
 
-@pytest.mark.parametrize("quant", [name for name, spec in PACKED.items() if spec.values])
+@pytest.mark.parametrize("quant", PACKED)
 def test_every_matrix_is_rounded_by_its_own_weights(tmp_path, quant):
     """A store's bytes are the twin's under the weights of that very matrix, and the weighted error is less than without."""
     hf, path = tiny_hf(tmp_path / "hf"), importance_file(tmp_path / "i")
@@ -65,13 +65,6 @@ def test_tied_embeddings_are_weighted_as_the_output_matrix_they_are():
     tied = translate({**TINY, "tie_word_embeddings": True})
     assert column_weights(importance, "tok_embeddings", tied).tolist() == [0.5, 1.5]
     assert column_weights(importance, "tok_embeddings", CONFIG) is None and column_weights(None, "output", CONFIG) is None
-
-
-def test_eight_bits_need_no_weights(tmp_path):
-    """q8 has nothing to search: its bytes are the same with and without an importance file."""
-    hf = tiny_hf(tmp_path / "hf")
-    with_file = convert(hf, tmp_path / "a", "q8", importance=importance_file(tmp_path / "i"))
-    assert content(with_file) == content(convert(hf, tmp_path / "b", "q8"))
 
 
 def test_the_manifest_says_by_what_it_was_weighted(tmp_path):

@@ -12,15 +12,15 @@ from quality import DATA, POSITIONS, base_logs, compare, heldout_windows
 import npmix.generate
 from npmix.checkpoint import open_checkpoint
 from npmix.convert import convert, make_recipe, round_piece
-from npmix.formats import PACKED
-from npmix.quant.pack import dequantize
+from npmix.formats import CHUNK, PACKED
+from npmix.quant.pack import dequantize, pack
 from npmix.quant.tensor import Tensor
 from npmix.store import open_store
 
 # First choice and KL on this model, for whatever weights; the bounds that follow the weights stand in golden_trained.npz.
 BOUNDS = {"q4": (0.955, 0.0065), "q2": (0.86, 0.075)}
 # Relative squared error of the trained experts: near those of Gaussian weights (`test_round.py`), for training leaves few outliers
-EXPERT_ERROR = {"q8": 2.95e-5, "q6": 4.1e-4, "q5": 0.00112, "q4": 0.0040, "q3": 0.0178, "q2": 0.0537}
+EXPERT_ERROR = {"q8": 2.55e-5, "q6": 4.1e-4, "q5": 0.00112, "q4": 0.0040, "q3": 0.0178, "q2": 0.0537}
 KL_KV8 = 0.00022  # measured: 0.000144
 
 
@@ -36,10 +36,10 @@ def base(windows):
 
 @pytest.mark.compiled
 def test_q8(tmp_path, windows, base):
-    """8 bits: the first choice agrees at 98 % of 20,000 held-out positions or more, mean KL is below 0.001."""
+    """8 bits: the first choice agrees at 98.5 % of 20,000 held-out positions or more, mean KL is below 0.0006 (measured: 99.2 %, 0.00037)."""
     assert windows.size >= POSITIONS
     same, kl, _ = compare(convert(DATA / "tiny_mixtral", tmp_path / "q8", "q8"), windows, base)
-    assert same >= 0.98 and 0 <= kl < 0.001
+    assert same >= 0.985 and 0 <= kl < 0.0006
 
 
 @pytest.mark.compiled
@@ -81,15 +81,25 @@ def test_8_bit_cache(windows, base):
     assert same >= 0.995 and 0 <= kl < KL_KV8
 
 
+def simply_rounded(w, group):
+    """8 bits as they were before scales were searched: max|w| / 127, codes -127..127; such stores are read like any other."""
+    groups = np.pad(w, ((0, 0), (0, -w.shape[1] % group))).reshape(len(w), -1, group)
+    scales = (np.abs(groups).max(-1) / np.float32(127)).astype(np.float16)
+    inverse = np.float32(1) / np.maximum(scales, np.float16(2.0**-24)).astype(np.float32)
+    codes = (np.rint(groups * inverse[..., None]) + 128).astype(np.uint8).reshape(len(w), -1)[:, : w.shape[1]]
+    return pack(codes, scales, np.zeros((len(w), -(-w.shape[1] // CHUNK)), np.uint8), "q8", group)
+
+
 def test_bundled_model_is_the_checkpoint():
-    """The model that npmix brings is, byte for byte, the checkpoint that the tests use, packed into 8 bits in the store's own groups."""
+    """The model that npmix brings is, byte for byte, the checkpoint that the tests use, packed into 8 bits in the store's own groups
+    by the simplest rule."""
     with open_checkpoint(DATA / "tiny_mixtral") as source, open_store(npmix.generate.BUNDLED) as bundled:
         assert source.config == bundled.config
         for name, shape in source.config.tensor_shapes().items():
             ours, w = bundled.tensor(name), source.tensor(name)
             assert (ours.format == "q8" or name.endswith(("norm", "router"))) and ours.shape == shape
             if ours.group:
-                assert (ours.data == round_piece(w, 0, shape[0], "q8", ours.group)).all(), name
+                assert (ours.data == simply_rounded(dequantize(w), ours.group)).all(), name
             else:
                 assert (dequantize(ours) == dequantize(w)).all(), name
             del ours, w

@@ -45,7 +45,7 @@ def rows_table(name):
 def nearest_of(name, codes):
     """op(z, row): the value nearest to each z in the row of `rows_table` at an address (codes: its place there)."""
     values = PACKED[name].row(0)
-    count, even = len(values), all(row[-1] - row[0] == len(row) - 1 for row in PACKED[name].values)
+    count, even = len(values), values[-1] - values[0] == len(values) - 1 and len(PACKED[name].values) < 2
 
     def emit(b, z, row):
         if even:

@@ -9,7 +9,7 @@ import functools
 
 import numpy as np
 
-from ..formats import CHUNK, EXTREMES, PACKED, RATIOS, REFITS, codes_at, row_blocks, span_bytes, spans
+from ..formats import CHUNK, PACKED, RATIOS, REFITS, codes_at, row_blocks, span_bytes, spans
 from ._jit import njit
 from .ops import (
     absolute,
@@ -22,7 +22,6 @@ from .ops import (
     maximum,
     minimum,
     mul,
-    nearest,
     put_f32,
     splat_f32,
     store_f32,
@@ -33,7 +32,6 @@ from .packing import copysign, nearest_of, pack_chunk, pack_selectors, root, row
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 _LARGEST_HALF, _SMALLEST_HALF = np.float32(65504.0), np.float32(2.0**-24)
-_Q8_TOP, _Q8_EDGE = np.float32(127), np.float32(127.5)
 
 # Scratch memory in 64-byte vectors of 16 rows: the group's weights, its codes, its selectors, then the places named here
 WEIGHTS, CODES, SELECTORS = 0, 64 * 128, 64 * 256
@@ -78,20 +76,6 @@ def load_group(w, rows, cols, row, col, group, scratch):
     store_f32(scratch + LARGEST, largest)
     store_f32(scratch + EXTREME, extreme)
     return 0 if sum_f32(none) == _ZERO else 1
-
-
-@njit
-def _round_q8(group, scratch):
-    """The scale, one float16 step up where rounding would clip the largest weight, and the codes."""
-    largest = load_f32(scratch + LARGEST)
-    scale = half(div(largest, splat_f32(_Q8_TOP)), scratch)
-    edge = mul(scale, splat_f32(_Q8_EDGE))  # below `largest` only for a subnormal float16, whose step is 2^-24
-    scale = where_greater(largest, edge, add(scale, splat_f32(_SMALLEST_HALF)), scale)
-    store_f32(scratch + SCALE, scale)
-    inverse, low, high, zero = div(splat_f32(_ONE), scale), splat_f32(-_Q8_TOP), splat_f32(_Q8_TOP), splat_f32(np.float32(128))
-    for k in range(group):
-        q = nearest(minimum(maximum(mul(load_f32(scratch + WEIGHTS + 64 * k), inverse), low), high))
-        store_f32(scratch + CODES + 64 * k, add(q, zero))
 
 
 @functools.lru_cache(maxsize=None)
@@ -147,8 +131,7 @@ def scale_finder(name):
     """A kernel (group, importance, rows, scratch): the scale of least squares at SCALE, its sum(v w q) at _BEST_PRODUCT."""
     spec, measure = PACKED[name], _measurer(name)
     by_mean, least = spec.selector_bits > 0, np.float32(1 / spec.top)
-    unit, ratios = (np.float32(spec.unit), RATIOS) if by_mean else (np.float32(spec.row(0)[0]), EXTREMES)
-    ratios = np.array([unit * np.float32(ratio) for ratio in ratios], np.float32)
+    tries = np.array([np.float32(spec.unit) * np.float32(ratio) for ratio in RATIOS] if by_mean else spec.extremes, np.float32)
 
     @njit
     def consider(scale, group, importance, rows, scratch):
@@ -171,8 +154,8 @@ def scale_finder(name):
         store_f32(scratch + SCALE, splat_f32(_ONE))  # what stays if every error is infinite
         store_f32(scratch + _BEST_PRODUCT, splat_f32(_ZERO))
         store_f32(scratch + _BEST_NORM, splat_f32(_ZERO))
-        for i in range(len(ratios)):
-            tried = mul(mean, splat_f32(ratios[i])) if by_mean else div(load_f32(scratch + EXTREME), splat_f32(ratios[i]))
+        for i in range(len(tries)):
+            tried = mul(mean, splat_f32(tries[i])) if by_mean else div(load_f32(scratch + EXTREME), splat_f32(tries[i]))
             consider(half(tried, scratch), group, importance, rows, scratch)
         if by_mean:
             consider(half(mul(load_f32(scratch + LARGEST), splat_f32(least)), scratch), group, importance, rows, scratch)
@@ -188,13 +171,6 @@ def scale_finder(name):
 def _rounder(name):
     """A kernel (group, valid, importance, rows, scratch): scale, selectors and codes of the group in scratch, `valid` inputs of it real."""
     spec = PACKED[name]
-    if not spec.values:
-
-        @njit
-        def plain(group, valid, importance, rows, scratch):
-            _round_q8(group, scratch)
-
-        return plain
     measure, find, code, per, pad = _measurer(name), scale_finder(name), nearest_of(name, True), spec.per, np.float32(spec.pad)
     multipliers, row_bytes = np.array(spec.multipliers, np.float32), 4 * rows_table(name).shape[1]
 
@@ -296,8 +272,7 @@ def round_rows(w: np.ndarray, format: str, group: int, out: np.ndarray, importan
     counts = np.zeros(width, np.float32)
     counts[:cols] = 1 if importance is None else importance
     w, scratch = np.ascontiguousarray(w), np.zeros(SCRATCH_BYTES, np.uint8)
-    table = rows_table(format) if spec.values else scratch
-    addresses = [a.__array_interface__["data"][0] for a in (w, counts, table, out, scratch)]
+    addresses = [a.__array_interface__["data"][0] for a in (w, counts, rows_table(format), out, scratch)]
     largest = np.float32(65504.0 * spec.top)
     first, last = addresses[:3], addresses[3:]
     return _row_blocks_kernel(format)(first[0], rows, cols, group, *first[1:], largest, codes_at(format, group), span_size, *last)

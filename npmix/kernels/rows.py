@@ -6,6 +6,7 @@ same bits on both ways. Rows are padded with zeros to whole vectors.
 
 import functools
 
+import numpy as np
 from numpy import float32 as F
 from numpy import int32 as I32
 from numpy import int64 as I64
@@ -38,6 +39,7 @@ from .ops import (
     sqrt1,
     store_f32,
     store_i8_words,
+    sub,
     sum_f32,
     sum_i32,
     to_i32,
@@ -45,6 +47,8 @@ from .ops import (
 from .unpack import unpack_block
 
 MINUS_LOG2_E = -1.4426950408889634
+TOPS = (127, 126, 125, 124)  # codes that the largest input of a group may have
+FINE = 32  # groups that look for theirs: those of q8 and q6, beside whose errors the inputs' are not small
 
 
 @functools.lru_cache(maxsize=None)
@@ -95,27 +99,46 @@ def rms_norm(x, weight, dim, width, eps, out):
 
 
 @njit
+def best_top(x, group, inverse):
+    """Of TOPS as the code of the largest input, the one of least squared error, the first of equals; inverse: 1 / max|x|."""
+    best, least = F(TOPS[0]), F(np.inf)
+    for top in TOPS:
+        factor, total = splat_f32(F(top) * inverse), splat_f32(F(0.0))
+        for k in range(0, group, 16):
+            z = mul(load_f32(x + 4 * k), factor)
+            miss = sub(z, nearest(z))
+            total = fma(miss, miss, total)
+        error = sum_f32(total) * F(1.0 / (top * top))
+        if error < least:
+            best, least = F(top), error
+    return best
+
+
+@njit
 def quantise_group(x, group, codes, word_bytes, scale, start):
-    """int8 codes = nearest(x * 127 / max|x|) of the inputs of one group, which share a scale.
+    """int8 codes = nearest(x * top / max|x|) of the inputs of one group, which share a scale; top: 127, in groups of FINE `best_top`.
 
     Four consecutive codes are a word, `word_bytes` apart, as a tile wants them. scale: float32; start: int32, what accumulators
     start from (`dot.emit_dot_start`). An element that is not finite gives a NaN for a scale, so that nothing hides it.
     """
-    top, taint = splat_f32(F(0.0)), splat_f32(F(0.0))
+    most, taint = splat_f32(F(0.0)), splat_f32(F(0.0))
     for k in range(0, group, 16):
         v = load_f32(x + 4 * k)
-        top = maximum(absolute(v), top)
+        most = maximum(absolute(v), most)
         taint = fma(v, splat_f32(F(0.0)), taint)
-    largest = max_f32(top)
-    tiny = largest < F(1e-30)  # 127 / largest would overflow
-    inverse = splat_f32(F(0.0) if tiny else F(127.0) / largest)
+    largest = max_f32(most)
+    tiny = largest < F(1e-30)  # top / largest would overflow
+    top = F(TOPS[0])
+    if group == FINE and not tiny:
+        top = best_top(x, group, F(1.0) / largest)
+    inverse = splat_f32(F(0.0) if tiny else top / largest)
     counted = splat_i32(I32(0))
     for k in range(0, group, 16):
         code = to_i32(nearest(mul(load_f32(x + 4 * k), inverse)))
         counted = add_i32(counted, code)
         store_i8_words(codes + k // 4 * word_bytes, code, word_bytes)
     put_i32(start, FLOAT + I64(sum_i32(counted)) * START)
-    put_f32(scale, (F(0.0) if tiny else largest / F(127.0)) + sum_f32(taint))
+    put_f32(scale, (F(0.0) if tiny else largest / top) + sum_f32(taint))
 
 
 @njit

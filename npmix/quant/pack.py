@@ -11,7 +11,7 @@ from .tensor import Tensor
 
 
 def pack(codes: np.ndarray, scales: np.ndarray, selectors: np.ndarray, format: str, group: int) -> np.ndarray:
-    """codes uint8 (N, K), scales float16 (N, ceil(K / group)), selectors uint8 (N, ceil(K / per)) or (N, 0) -> uint8 (packed_bytes,)."""
+    """codes uint8 (N, K), scales float16 (N, ceil(K / group)), selectors uint8 (N, ceil(K / per)) -> uint8 (packed_bytes,)."""
     spec = PACKED[format]
     rows, cols = codes.shape
     blocks, per_row = row_blocks(rows), spans(cols, group)
@@ -46,7 +46,7 @@ def _padded(table: np.ndarray, blocks: int, width: int, fill: int) -> np.ndarray
 
 
 def unpack(data: np.ndarray, format: str, shape: tuple[int, int], group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The inverse of `pack`: codes uint8 (N, K), scales float16 (N, ceil(K / group)), selectors uint8 (N, ceil(K / per)) or (N, 0)."""
+    """The inverse of `pack`: codes uint8 (N, K), scales float16 (N, ceil(K / group)), selectors uint8 (N, ceil(K / per))."""
     spec = PACKED[format]
     rows, cols = shape
     blocks, per_row = row_blocks(rows), spans(cols, group)
@@ -55,7 +55,7 @@ def unpack(data: np.ndarray, format: str, shape: tuple[int, int], group: int) ->
     data = data.reshape(blocks, per_row, span_bytes(format, group))
     by_span = np.ascontiguousarray(data[:, :, :64]).view(np.float16).reshape(blocks, per_row, 2, ROW_BLOCK)
     scales = by_span.transpose(0, 3, 1, 2).reshape(blocks * ROW_BLOCK, 2 * per_row)
-    selectors = np.zeros((rows, -(-cols // spec.per) if spec.per else 0), np.uint8)
+    selectors = np.zeros((rows, -(-cols // spec.per)), np.uint8)
     if spec.selector_bits:
         size = spec.selector_bytes(spec.word)
         parts = data[:, :, 64 : codes_at(format, group)].reshape(blocks, per_row, -1, ROW_BLOCK, size).astype("<u4")

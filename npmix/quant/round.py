@@ -2,16 +2,14 @@
 
 Per group of G inputs of a row: w ~ integer(code, selector) * scale, the scale a float16, rounded before anything else is.
 
-q8: scale = max|w| / 127, one step up if float16 has rounded it so far down that the largest weight would clip (only
-    subnormal scales do); codes -127 .. 127.
-the formats with a table: least weighted squares, sum(v (w - integer * scale)^2) with an importance v of each input (1 where
-    none is known), over a few scales: root mean square * unit * each of RATIOS, and the scale at which the largest
-    weight is the largest integer; without selectors those that make of the weight of largest magnitude the lowest
-    value times each of EXTREMES, so scales may be negative. Under a scale each sub-block takes the selector of least
-    error, each weight the nearest value. The best scale is then refitted twice, s' = sum(v w q) / sum(v q q), as long as that helps. The
-    first wins ties, selectors and scales alike. Least squares shrinks weights, all of a model in the same direction, which
-    costs more than it gains: codes and selectors are kept, and the scale becomes sum(v w w) / sum(v w q), which does not,
-    unless that doubles it: then (weights below float16's least scale) next to nothing is left to keep the size of.
+The scale is that of least weighted squares, sum(v (w - integer * scale)^2) with an importance v of each input (1 where none is known),
+of a few: root mean square * unit * each of RATIOS, and the scale at which the largest weight is the largest integer; without
+selectors those that make of the weight of largest magnitude each of the format's `extremes`, most of them about its lowest value, so
+scales may be negative. Under a scale each sub-block takes the selector of least error, each weight the nearest value. The best
+scale is then refitted twice, s' = sum(v w q) / sum(v q q), as long as that helps. The first wins ties, selectors and scales alike.
+Least squares shrinks weights, all of a model in the same direction, which costs more than it gains: codes and selectors
+are kept, and the scale becomes sum(v w w) / sum(v w q), which does not, unless that doubles it: then (weights below
+float16's least scale) next to nothing is left to keep the size of.
 
 One hard fact: every sum runs over a sub-block's inputs in order, then over the sub-blocks in order, in float32,
 without fma, so that the kernel, which runs 16 rows side by side, gives the same bits.
@@ -20,7 +18,7 @@ without fma, so that the kernel, which runs 16 rows side by side, gives the same
 import numpy as np
 
 from ..errors import ConversionError
-from ..formats import EXTREMES, PACKED, RATIOS, REFITS
+from ..formats import PACKED, RATIOS, REFITS
 
 LARGEST_HALF = 65504.0
 SMALLEST_HALF = 2.0**-24
@@ -52,14 +50,6 @@ def _sum(terms: np.ndarray) -> np.ndarray:
     for k in range(terms.shape[-1]):
         total += terms[..., k]
     return total
-
-
-def _scale_q8(w: np.ndarray) -> np.ndarray:
-    top = np.abs(w).max(-1)
-    scale = half(top / F(127))
-    clips = scale * F(127.5) < top
-    up = np.nextafter(scale.astype(np.float16), np.float16(np.inf)).astype(F)
-    return np.where(clips, up, scale)
 
 
 def nearest(z: np.ndarray, row: tuple[int, ...]) -> np.ndarray:
@@ -103,7 +93,7 @@ def find_scale(spec, w: np.ndarray, v: np.ndarray):
         tries.append(half(largest * F(1 / spec.top)))
     else:
         extreme = np.take_along_axis(w, np.abs(w).argmax(-1)[..., None], -1)[..., 0]
-        tries = [half(extreme / (F(spec.row(0)[0]) * F(ratio))) for ratio in EXTREMES]
+        tries = [half(extreme / F(becomes)) for becomes in spec.extremes]
     best = None
     for at in range(len(tries) + REFITS):
         scale = tries[at] if at < len(tries) else half(best[1] / np.where(best[2] > 0, best[2], F(1)))
@@ -128,10 +118,10 @@ def _search(spec, w: np.ndarray, v: np.ndarray):
 def quantise(
     w: np.ndarray, format: str, group: int, importance: np.ndarray | None = None, search=_search
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """float32 (N, K) -> codes uint8 (N, K), scales float16 (N, ceil(K / group)), selectors uint8 (N, ceil(K / per)) or (N, 0).
+    """float32 (N, K) -> codes uint8 (N, K), scales float16 (N, ceil(K / group)), selectors uint8 (N, ceil(K / per)).
 
-    importance: float32 (K,), how much an error counts in each input; without it all count the same. search: what finds them for a
-    format with a table. Raises ConversionError for NaN, infinity, or weights whose scale would overflow float16.
+    importance: float32 (K,), how much an error counts in each input; without it all count the same. search: what finds
+    them. Raises ConversionError for NaN, infinity, or weights whose scale would overflow float16.
     """
     problem = status(w, format)
     if problem:
@@ -142,13 +132,9 @@ def quantise(
     padded = np.zeros((rows, groups * group), F)
     padded[:, :cols] = w
     grouped = padded.reshape(rows, groups, group)
-    if spec.values:
-        weight = np.zeros(groups * group, F)
-        weight[:cols] = 1 if importance is None else importance
-        scale, selectors, codes = search(spec, grouped, np.broadcast_to(weight.reshape(1, groups, group), grouped.shape))
-        selectors = selectors.reshape(rows, -1)[:, : -(-cols // spec.per)].astype(np.uint8)
-    else:
-        scale, selectors = _scale_q8(grouped), np.zeros((rows, 0), np.uint8)
-        codes = np.rint(np.clip(grouped * (F(1) / scale)[..., None], F(-127), F(127))) + F(128)
+    weight = np.zeros(groups * group, F)
+    weight[:cols] = 1 if importance is None else importance
+    scale, selectors, codes = search(spec, grouped, np.broadcast_to(weight.reshape(1, groups, group), grouped.shape))
+    selectors = selectors.reshape(rows, -1)[:, : -(-cols // spec.per)].astype(np.uint8)
     scale = np.where(np.abs(grouped).max(-1) > 0, scale, F(0))
     return codes.astype(np.uint8).reshape(rows, -1)[:, :cols], scale.astype(np.float16), selectors

@@ -99,9 +99,9 @@ def scaled():
 
 @pytest.mark.compiled
 def test_scaled_integers_are_rounded_once():
-    """float32(integer * scale), for integers up to those of the largest group (128 products of 127 * 127) and below 2^22, and any
+    """float32(integer * scale), for integers up to those of the largest group (128 products of 128 * 127) and below 2^22, and any
     float16 scale, the largest, the smallest and negative ones included."""
-    rng, largest = np.random.default_rng(7), 128 * 127 * 127
+    rng, largest = np.random.default_rng(7), 128 * 128 * 127
     whole = rng.integers(-(2**22) + 1, 2**22, (COUNT, 16), dtype=np.int32)
     whole[::2] = rng.choice([0, 1, -1, largest, -largest, 2**22 - 1, 1 - 2**22], (COUNT // 2, 16))
     scale = (rng.standard_normal((COUNT, 16)) * 10.0 ** rng.integers(-7, 4, (COUNT, 16))).astype(np.float16)

@@ -8,7 +8,7 @@ from npmix.formats import DENSE, GROUPS, PACKED
 from npmix.kernels._jit import njit
 from npmix.kernels.matmul import act_bytes, matmul, n_tiles, panel_bytes
 from npmix.kernels.phases import matmul_by_slot
-from npmix.kernels.rows import put_in_tile, quantise_row
+from npmix.kernels.rows import TOPS, put_in_tile, quantise_row
 from npmix.kernels.tile import BLOCKS, HEIGHT, SINGLE
 from npmix.quant.pack import dequantize, pack
 from npmix.quant.round import quantise
@@ -86,7 +86,7 @@ def test_matmul_is_weights_times_inputs(name, group):
     if group:
         padded = np.zeros((len(x), -(-cols // group) * group))
         padded[:, :cols] = x
-        scale = np.abs(padded.reshape(len(x), -1, group)).max(2) / 127
+        scale = np.abs(padded.reshape(len(x), -1, group)).max(2) / TOPS[-1]
         step = (np.repeat(scale, group, axis=1)[:, None, :cols] * np.abs(w)[None]).sum(2) / 2
     bound = step + 1e-6 * (np.abs(x) @ np.abs(w).T) + 1e-6
     assert (np.abs(alone - x @ w.T) <= bound).all()

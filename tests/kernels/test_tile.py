@@ -32,15 +32,13 @@ def twin(tile):
 def packed_case(name, group, blocks, n_groups, tokens, seed):
     """Random and edge codes, selectors and scales of 16 * blocks rows; the activations of each token: codes, and a scale per group."""
     spec, rng = PACKED[name], np.random.default_rng(seed)
-    rows, cols, least = 16 * blocks, n_groups * group, 0 if spec.values else 1
-    codes = rng.integers(least, 1 << spec.bits, (rows, cols), dtype=np.uint8)
-    codes[0], codes[1, ::2], codes[2] = (1 << spec.bits) - 1, 1, least
+    rows, cols = 16 * blocks, n_groups * group
+    codes = rng.integers(0, 1 << spec.bits, (rows, cols), dtype=np.uint8)
+    codes[0], codes[1, ::2], codes[2] = (1 << spec.bits) - 1, 1, 0
     scales = (rng.standard_normal((rows, n_groups)) * 10.0 ** rng.integers(-5, 2, (rows, n_groups))).astype(np.float16)
     scales[3], scales[4], scales[5] = 0, 6e-8, -65504
-    selectors = np.zeros((rows, 0), np.uint8)
-    if spec.per:  # a format without selectors has the one that is 0
-        selectors = rng.integers(0, len(spec.multipliers), (rows, cols // spec.per), dtype=np.uint8)
-        selectors[:3, : cols // spec.per // 2], selectors[:3, cols // spec.per // 2 :] = 0, len(spec.multipliers) - 1
+    selectors = rng.integers(0, len(spec.multipliers), (rows, cols // spec.per), dtype=np.uint8)
+    selectors[:3, : cols // spec.per // 2], selectors[:3, cols // spec.per // 2 :] = 0, len(spec.multipliers) - 1
     x = rng.integers(-127, 128, (tokens, cols), dtype=np.int8)
     x[0] = np.where(np.arange(cols) % 3, 127, -127)
     x_scale = (np.abs(rng.standard_normal((tokens, n_groups))) * 0.01).astype(F)
@@ -136,12 +134,12 @@ def test_one_block_done_several_times(name):
 def test_integers_are_exact_at_the_edges(name, group):
     """A group at its largest magnitude: codes, selectors and inputs all at their ends, scales 1; the sum is the exact integer."""
     spec = PACKED[name]
-    ends = sorted({0 if spec.values else 1, spec.pad, (1 << spec.bits) - 1})
+    ends = sorted({0, spec.pad, (1 << spec.bits) - 1})
     codes = np.repeat(np.resize(np.array(ends, np.uint8), (16, 1)), 2 * group, axis=1)
     x = np.repeat(np.array([[127], [-127]], np.int8), 2 * group, axis=1)
     run = compiled(packed_tile(name, group, SINGLE, 1), 7)
-    for selector in sorted({0, len(spec.multipliers) - 1}) if spec.per else (0,):
-        selectors = np.full((16, 2 * group // spec.per if spec.per else 0), selector, np.uint8)
+    for selector in sorted({0, len(spec.multipliers) - 1}):
+        selectors = np.full((16, 2 * group // spec.per), selector, np.uint8)
         packed = pack(codes, np.ones((16, 2), np.float16), selectors, name, group)
         exact = integers(codes, selectors, name)[:, 0].astype(np.int64) * 2 * group
         for t in range(2):

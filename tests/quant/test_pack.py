@@ -12,19 +12,17 @@ SHAPES = [(16, 64), (1, 1), (17, 129), (40, 256), (15, 300)]
 
 
 def meanings(name):
-    """Integers [selector][code] of a format with a table."""
+    """Integers [selector][code] of a format."""
     spec = PACKED[name]
     return [[m * value for value in spec.row(s)] for s, m in enumerate(spec.multipliers)]
 
 
 def random_parts(name, rows, cols, group, seed=0):
-    """Codes, scales of both signs and selectors of a matrix; q8's codes are -127..127 + 128."""
+    """Codes, scales of both signs and selectors of a matrix."""
     spec, rng = PACKED[name], np.random.default_rng(seed)
-    codes = rng.integers(0 if spec.values else 1, 1 << spec.bits, (rows, cols), dtype=np.uint8)
+    codes = rng.integers(0, 1 << spec.bits, (rows, cols), dtype=np.uint8)
     scales = rng.standard_normal((rows, -(-cols // group))).astype(np.float16)
-    selectors = np.zeros((rows, 0), np.uint8)
-    if spec.per:
-        selectors = rng.integers(0, len(spec.multipliers), (rows, -(-cols // spec.per)), dtype=np.uint8)
+    selectors = rng.integers(0, len(spec.multipliers), (rows, -(-cols // spec.per)), dtype=np.uint8)
     return codes, scales, selectors
 
 
@@ -35,13 +33,13 @@ def bits_at(data, first, count):
 
 @pytest.mark.parametrize("name", PACKED)
 def test_a_format_is_sound(name):
-    """What the kernels rely on: every product of value and multiplier is an int8 that the dot's forms take (-127..127), as many values as
+    """What the kernels rely on: every product of value and multiplier is an int8, as many values as
     codes and multipliers as selectors, values ascending, planes that fill lines and selectors that fill bytes."""
     spec = PACKED[name]
     assert set(spec.groups) <= set(GROUPS) and spec.group in spec.groups and name not in DENSE
     assert all(p in (1, 2, 4, 8) for p in spec.planes) and spec.bits <= 8
     if not spec.values:
-        assert spec.bits == 8 and spec.pad == 128 and spec.top == 127
+        assert spec.bits == 8 and spec.pad == 128 and spec.top == 128 and meanings(name) == [list(range(-128, 128))]
         return
     rows = meanings(name)
     assert all(len(set(row)) == len(row) == 1 << spec.bits and list(row) in (sorted(row), sorted(row, reverse=True)) for row in rows)
@@ -79,7 +77,7 @@ def test_bytes_lie_where_the_format_says(name, group):
             span, inside, lane = data[n // ROW_BLOCK, k // (2 * group)], k % (2 * group), n % ROW_BLOCK
             at = 32 * (inside // group) + 2 * lane
             assert span[at : at + 2].tobytes() == scales[n, k // group].tobytes()
-            if spec.per:
+            if spec.selector_bits:
                 size = spec.word // spec.per * spec.selector_bits // 8
                 at = 64 + (inside // spec.word * ROW_BLOCK + lane) * size
                 first = inside % spec.word // spec.per * spec.selector_bits
@@ -101,7 +99,7 @@ def test_padding_is_zero_weights(name, group):
     codes, scales, selectors = unpack(data, name, (16, 2 * group), group)
     assert (codes[3:] == spec.pad).all() and (codes[:, 5:] == spec.pad).all()
     assert (scales[3:] == 0).all() and (scales[:, 1:] == 0).all()
-    assert (selectors[3:] == 0).all() and (selectors[:, -(-5 // max(spec.per, 1)) :] == 0).all()
+    assert (selectors[3:] == 0).all() and (selectors[:, -(-5 // spec.per) :] == 0).all()
 
 
 @pytest.mark.parametrize("name, group", PAIRS)
@@ -113,8 +111,7 @@ def test_dequantize_is_integer_times_scale(name, group):
     whole = integers(codes, selectors, name)
     for n in range(rows):
         for k in range(cols):
-            chosen = selectors[n, k // spec.per] if spec.per else 0
-            exact = meanings(name)[chosen][codes[n, k]] if spec.values else int(codes[n, k]) - 128
+            exact = meanings(name)[selectors[n, k // spec.per]][codes[n, k]]
             assert whole[n, k] == exact
             assert back[n, k] == np.float32(float(exact) * float(scales[n, k // group]))
 

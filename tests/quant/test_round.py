@@ -13,7 +13,7 @@ from npmix.quant.round import FINE, NOT_FINITE, TOO_LARGE, largest, quantise, st
 from npmix.quant.tensor import Tensor
 
 # Relative squared error on Gaussian weights in the format's own group. A better table may lower a budget; nothing may raise one.
-BUDGETS = {"q8": 4.4e-5, "q6": 4.1e-4, "q5": 0.00113, "q4": 0.00402, "q3": 0.0180, "q2": 0.0545}
+BUDGETS = {"q8": 4.0e-5, "q6": 4.1e-4, "q5": 0.00113, "q4": 0.00402, "q3": 0.0180, "q2": 0.0545}
 HALF = 2.0**-11  # a float16 scale is off by this share at most
 
 
@@ -94,38 +94,40 @@ def test_budgets_fall_with_bits():
     assert worst == sorted(worst, reverse=True) and len(set(worst)) == len(worst)
 
 
-@pytest.mark.parametrize("group", PACKED["q8"].groups)
-def test_8_bits_are_off_by_half_a_step(group):
-    """No weight of q8 is off by more than half its group's scale."""
-    w = np.random.default_rng(1).standard_normal((64, 512)).astype(np.float32)
-    step = np.repeat(quantise(w, "q8", group)[1].astype(np.float32), group, axis=1)
-    assert (np.abs(rounded(w, "q8", group) - w) <= 0.5001 * step).all()
+@pytest.mark.parametrize("group, share", [(32, 0.87), (64, 0.92), (128, 0.95)])
+def test_8_bits_are_closer_than_the_largest_weight_at_127(group, share):
+    """The squared error of q8 is clearly less than that of scales max|w| / 127, few groups have more, and no
+    weight is off by two steps."""
+    w = np.random.default_rng(1).standard_normal((256, 512)).astype(np.float32)
+    groups = w.reshape(256, -1, group)
+    simple = (np.abs(groups).max(-1, keepdims=True) / np.float32(127)).astype(np.float16).astype(np.float32)
+    before = ((np.rint(groups / simple) * simple - groups) ** 2).sum(-1)
+    missed = (rounded(w, "q8", group) - w).reshape(groups.shape)
+    after = (missed**2).sum(-1)
+    assert after.sum() < share * before.sum() and (after > before).mean() < 0.08
+    assert (np.abs(missed) < 2 * simple).all()
 
 
-@pytest.mark.parametrize("name", [name for name in PACKED if PACKED[name].values])
+@pytest.mark.parametrize("name", PACKED)
 def test_importance_lowers_the_error_that_counts(name):
     """With an importance of each input the squared error under these weights falls, clearly where they differ a lot; equal importances
-    of any power of two change nothing, and q8 does not look at them."""
+    of any power of two change nothing."""
     rng, group = np.random.default_rng(2), PACKED[name].group
     w, v = rng.standard_normal((32, 512)).astype(np.float32), rng.lognormal(0, 1.5, 512).astype(np.float32)
     without, with_it = (float((((rounded(w, name, group, given) - w) ** 2) * v).sum()) for given in (None, v))
     assert with_it < 0.9 * without
     assert (plain(w, name, group, np.full(512, 0.25, np.float32)) == plain(w, name, group)).all()
-    assert (plain(w, "q8", 128, v) == plain(w, "q8", 128)).all()
 
 
 @pytest.mark.parametrize("name, group", PAIRS)
 def test_weights_on_a_grid_come_back_exactly(name, group):
     """Weights that are integer * scale for a float16 scale, and reach the format's largest integer, are reproduced exactly."""
     spec, rng, shape = PACKED[name], np.random.default_rng(2), (16, 2 * group)
-    codes = rng.integers(0 if spec.values else 1, 1 << spec.bits, shape, dtype=np.uint8)
-    selectors = (
-        rng.integers(0, len(spec.multipliers), (16, 2 * group // spec.per), dtype=np.uint8) if spec.per else np.zeros((16, 0), np.uint8)
-    )
-    selector, code = np.unravel_index(np.abs(meanings(name)).argmax(), np.shape(meanings(name))) if spec.values else (0, 255)
+    codes = rng.integers(0, 1 << spec.bits, shape, dtype=np.uint8)
+    selectors = rng.integers(0, len(spec.multipliers), (16, 2 * group // spec.per), dtype=np.uint8)
+    selector, code = np.unravel_index(np.abs(meanings(name)).argmax(), np.shape(meanings(name)))
     codes[:, ::group] = code
-    if spec.per:
-        selectors[:, :: group // spec.per] = selector
+    selectors[:, :: group // spec.per] = selector
     whole = integers(codes, selectors, name)
     assert (np.abs(whole[:, ::group]) == spec.top).all()
     for scale in (0.25, 2.0**-24, 0.1003418):
@@ -159,18 +161,18 @@ def test_an_outlier_costs_its_group_alone(name, group):
     where all others take the integer of least size that their selector offers; other groups have the bytes they had without it."""
     spec = PACKED[name]
     w = np.random.default_rng(3).standard_normal((16, 2 * group)).astype(np.float32)
-    rows = np.array(meanings(name)) if spec.values else np.arange(-127, 128)[None]
+    rows = np.array(meanings(name))
     least, step = np.abs(rows).min(1), 1e4 / spec.top  # by selector
     for outlier in (1e4, -1e4):
         x = w.copy()
         x[:, 7] = outlier
         back, rest = rounded(x, name, group), (w[:, :group] ** 2).sum(1)
         reach = (rows * np.sign(outlier)).max(1)  # the outlier's own sub-block takes a selector that comes nearest to it
-        if not spec.values or not spec.selector_bits:  # or the scale takes its sign
+        if not spec.selector_bits:  # or the scale takes its sign
             reach = np.abs(rows).max(1)
         short = 1 - reach.max() / spec.top
-        beside = ((spec.per or group) - 1) * (least[reach == reach.max()].min() * step) ** 2
-        apart = (group - (spec.per or group)) * (least.min() * step) ** 2
+        beside = (spec.per - 1) * (least[reach == reach.max()].min() * step) ** 2
+        apart = (group - spec.per) * (least.min() * step) ** 2
         bound = beside + apart + (1e4 * (HALF + short)) ** 2
         assert (((back - x)[:, :group] ** 2).sum(1) < 1.1 * bound + 4 * rest).all()
         assert (back[:, group:] == rounded(w, name, group)[:, group:]).all()
@@ -180,7 +182,7 @@ def test_an_outlier_costs_its_group_alone(name, group):
 def test_tiny_weights_do_not_vanish_early(name, group):
     """Below float16's normal range the scale stays nonzero; in no group is the error more than if all took the least integer times the least
     scale, 2^-24: nothing that small is blown up."""
-    least = min(abs(x) for row in meanings(name) for x in row) if PACKED[name].values else 0
+    least = min(abs(x) for row in meanings(name) for x in row)
     for size in (1e-9, 1e-8, 3e-8, 1e-7, 3e-7):
         w = (np.random.default_rng(3).standard_normal((64, group)) * size).astype(np.float32)
         assert (quantise(w, name, group)[1] != 0).all()
