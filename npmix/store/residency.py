@@ -139,7 +139,8 @@ class Residency:
         """
         self._watch()
         units = [self._experts[layer, expert] for expert in experts]
-        with self._changed:
+        with self._changed:  # what is under way of a read that failed comes first
+            self._changed.wait_for(lambda: self._stopped or not any(unit.error and unit.flying for unit in units))
             self._plan(layer, units, guesses)
         left = units
         try:
@@ -169,9 +170,7 @@ class Residency:
                 stats.guesses_wrong += not chosen
                 unit.ahead = False
         for unit in units:
-            unit.pinned = True
-            if unit.flying == 0:  # else pieces of a read that failed are still to come
-                unit.error = None
+            unit.pinned, unit.error = True, None
             stats.hits += unit.ready
             stats.misses += not unit.ready
         self._wanted = [unit for unit in units if not unit.ready]
