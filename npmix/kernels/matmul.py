@@ -14,7 +14,7 @@ from . import cpu
 from ._jit import njit
 from .dot import offset_for
 from .ops import fetch
-from .tile import BLOCKS, HEIGHT, SINGLE, dense_tile, packed_tile
+from .tile import BLOCKS, HEIGHT, dense_tile, packed_tile, singles
 from .unpack import unpack_block
 
 
@@ -135,17 +135,18 @@ def _several(name, group):
 
 
 def _packed(name, group):
-    single, several, whole = packed_tile(name, group, SINGLE, 1), _several(name, group), span_bytes(name, group)
+    count, several, whole = singles(name), _several(name, group), span_bytes(name, group)
+    single = packed_tile(name, group, count, 1)
 
     @njit
     def packed_matmul(w, rows, cols, first, last, acts, tokens, out, out_bytes, panel):
         n_groups = (cols + 2 * group - 1) // (2 * group) * 2
         block_bytes, token_bytes = n_groups // 2 * whole, act_bytes(cols, group)
         if tokens == 1:
-            rest = last - (last - first) % SINGLE
-            for block in range(first, rest, SINGLE):
+            rest = last - (last - first) % count
+            for block in range(first, rest, count):
                 single(w + block * block_bytes, block_bytes, n_groups, acts, out + 64 * block, out_bytes, 64)
-            for block in range(rest, last):  # the last few one by one, each done SINGLE times
+            for block in range(rest, last):  # the last few one by one, each done `count` times
                 single(w + block * block_bytes, 0, n_groups, acts, out + 64 * block, out_bytes, 0)
             return
         for block in range(first, last, BLOCKS):

@@ -9,13 +9,14 @@ from npmix.kernels._jit import njit
 from npmix.kernels.matmul import act_bytes, matmul, n_tiles, panel_bytes
 from npmix.kernels.phases import matmul_by_slot
 from npmix.kernels.rows import TOPS, put_in_tile, quantise_row
-from npmix.kernels.tile import BLOCKS, HEIGHT, SINGLE
+from npmix.kernels.tile import BLOCKS, HEIGHT, singles
 from npmix.quant.pack import dequantize, pack
 from npmix.quant.round import quantise
 from npmix.quant.tensor import Tensor
 
 F = np.float32
 FORMATS = [*((name, group) for name, spec in PACKED.items() for group in spec.groups), *((name, 0) for name in DENSE)]
+WIDE = max(map(singles, PACKED))  # row blocks of the widest tile of one token
 TOKENS = range(1, 31)  # a few tiles in registers, then, past 2 * HEIGHT, panels; tiles of every height either way
 
 
@@ -101,7 +102,7 @@ def test_matmul_is_weights_times_inputs(name, group):
 def test_row_blocks_by_range(name, group):
     """Row blocks first..last alone are written, whole ones of a packed matrix and existing rows of a dense one; any cut of the
     range, odd ones and empty ones included, gives the whole's bits."""
-    rows, cols = 16 * (2 * SINGLE + 1) - 5, 130  # a number of row blocks that neither SINGLE nor BLOCKS divides
+    rows, cols = 16 * (2 * WIDE + 1) - 5, 130  # a number of row blocks that neither the tile of one token nor BLOCKS divides
     tensor, _ = weights(name, group, rows, cols, 5)
     kernel, blocks = matmul(name, group), -(-rows // 16)
     for tokens in (1, 2, 3, 5, 2 * HEIGHT + 1):
@@ -119,8 +120,8 @@ def test_row_blocks_by_range(name, group):
             (3, 3),
             (blocks, blocks),
             (1, blocks),
-            (0, SINGLE),
-            (2, SINGLE + 1),
+            (0, WIDE),
+            (2, WIDE + 1),
         ):
             part = product(kernel, tensor, x, first, last)
             written = slice(16 * first, 16 * last)

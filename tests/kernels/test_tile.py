@@ -8,14 +8,12 @@ from npmix.formats import PACKED
 from npmix.kernels._jit import DISABLED, njit
 from npmix.kernels.dot import FLOAT, SMALL, START
 from npmix.kernels.simd import twin_bf16, twin_fma
-from npmix.kernels.tile import BLOCKS, HEIGHT, SINGLE, dense_tile, packed_tile
+from npmix.kernels.tile import BLOCKS, HEIGHT, dense_tile, packed_tile, singles
 from npmix.quant.pack import integers, pack
 
 F = np.float32
 PAIRS = [(name, group) for name, spec in PACKED.items() for group in spec.groups]
-WIDE = max(BLOCKS, SINGLE)  # row blocks of the widest tile
-ENDS = sorted({(SINGLE, 1), (BLOCKS, HEIGHT)})
-SHAPES = sorted({*ENDS, *((BLOCKS, h) for h in range(2, HEIGHT))})
+WIDE = max(BLOCKS, *map(singles, PACKED))  # row blocks of the widest tile
 
 
 def compiled(tile, count):
@@ -23,6 +21,16 @@ def compiled(tile, count):
     if count == 7:
         return njit(lambda a, b, c, d, e, f, g: tile(a, b, c, d, e, f, g))
     return njit(lambda a, b, c, d, e, f, g, h: tile(a, b, c, d, e, f, g, h))
+
+
+def ends(name):
+    """The lowest and the tallest tile of a format."""
+    return sorted({(singles(name), 1), (BLOCKS, HEIGHT)})
+
+
+def shapes(name):
+    """All that are used."""
+    return sorted({*ends(name), *((BLOCKS, h) for h in range(2, HEIGHT))})
 
 
 def twin(tile):
@@ -86,7 +94,7 @@ def test_packed_tile_obeys_the_law(name, group):
     block = packed.size // WIDE
     law = packed_law(parts, name, group, x, x_scale)
     known = np.full((HEIGHT, 16 * WIDE), np.nan, F)
-    for blocks, height in SHAPES if (name, group) in (("q8", 128), ("q4", 128)) else ENDS:
+    for blocks, height in shapes(name) if (name, group) in (("q8", 128), ("q4", 128)) else ends(name):
         tile = packed_tile(name, group, blocks, height)
         run = compiled(tile, 7)
         for first in range(0, HEIGHT + 1 - height, height):
@@ -117,9 +125,9 @@ def test_a_panel_of_smaller_codes_gives_the_same_bits():
 @pytest.mark.parametrize("name", PACKED)
 def test_one_block_done_several_times(name):
     """With both distances 0 a tile is one row block done over and over, written to the same place, with the same bits: a pair's, and
-    one of SINGLE row blocks."""
+    that of one token."""
     group = PACKED[name].group
-    for blocks, height in ENDS:
+    for blocks, height in ends(name):
         parts, x, x_scale = packed_case(name, group, blocks, 2, height, 5)
         packed, acts = pack(*parts, name, group), acts_of(x, x_scale, group)
         run = compiled(packed_tile(name, group, blocks, height), 7)
@@ -137,7 +145,7 @@ def test_integers_are_exact_at_the_edges(name, group):
     ends = sorted({0, spec.pad, (1 << spec.bits) - 1})
     codes = np.repeat(np.resize(np.array(ends, np.uint8), (16, 1)), 2 * group, axis=1)
     x = np.repeat(np.array([[127], [-127]], np.int8), 2 * group, axis=1)
-    run = compiled(packed_tile(name, group, SINGLE, 1), 7)
+    run = compiled(packed_tile(name, group, singles(name), 1), 7)
     for selector in sorted({0, len(spec.multipliers) - 1}):
         selectors = np.full((16, 2 * group // spec.per), selector, np.uint8)
         packed = pack(codes, np.ones((16, 2), np.float16), selectors, name, group)
