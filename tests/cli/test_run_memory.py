@@ -1,10 +1,10 @@
 """`npmix run --ram`: the same text under a budget, what was read in the figures, the line while it waits."""
 
-import io
 import json
 import re
 
 import pytest
+from test_notices import Screen
 
 from npmix.cli.notices import DiskNotice
 from npmix.store.disk_stats import DiskStats
@@ -40,15 +40,6 @@ def test_budgets_that_cannot_be(npmix_command, ram, message):
     result = npmix_command("run", "--ram", ram, *PROMPT)
     assert result.exit_code == 1 and result.stdout == "" and message in result.stderr
     assert re.fullmatch(r"npmix: error: [^\n]+\n", result.stderr)
-
-
-class Screen(io.StringIO):
-    def __init__(self, live):
-        super().__init__()
-        self.live = live
-
-    def isatty(self):
-        return self.live
 
 
 def test_line_behind_the_text_on_a_terminal():
