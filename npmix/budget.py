@@ -21,6 +21,9 @@ PROC = Path("/proc")
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(?:I?B)?", re.ASCII)
 LEAST_MARGIN = 128 << 20
+# Left free under a budget, for what is not seen from inside: pages that were cached when libraries and Python files were read, 140 MiB when
+# they were cold (a control group counts them); pieces on their way; the heap as it grows
+SPARE = 160 << 20
 UNLIMITED = 1 << 60  # what a group without a limit says in version 1 lies above
 KINDS = {  # file names of a group: limits, usage, fields of memory.stat that count file pages, children included
     "memory": (("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")),

@@ -9,9 +9,6 @@ from .errors import InputError
 from .model.streaming import StreamingForward
 from .store.residency import Residency
 
-# Bytes for what is not seen from inside: pages that were cached when libraries and Python files were read, 140 MiB when they were cold
-# (a control group counts them); pieces on their way; the heap as it grows
-OVERHEAD = 160 << 20
 SCRATCH_SHARE = 16  # of the budget, for a chunk longer than the default: each chunk reads all experts again
 
 
@@ -51,7 +48,7 @@ def open_forward(store, ram, load: str | None, guess: bool, context: int, chunk:
 
 def _fixed(forward) -> int:
     """Bytes of the process as it is now, with its buffers full."""
-    return budget.own() + forward.cache.nbytes + forward.state.nbytes + OVERHEAD
+    return budget.own() + forward.cache.nbytes + forward.state.nbytes + budget.SPARE
 
 
 def _check(residency, forward, limit: int, fixed: int) -> None:

@@ -18,12 +18,13 @@ and values count for a full context: fewer positions are faster. Shared of a tok
 The sizes are the packed store's own (`store/layout.py`); those of the KV cache and the scratch are counted as
 `model/kv_cache.py` and `model/state.py` allocate them, whose constants stand here once more because theirs come with Numba;
 a test holds them together. PROGRAM is measured: 145 MiB with compiled kernels at hand, 180 MiB more where they are compiled first.
-SPARE is what a run under a budget leaves free; the longer chunks that it may take for prompts are not counted.
+SPARE (`budget.py`) is what a run under a budget leaves free; the longer chunks that it may take for prompts are not counted.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from .budget import SPARE
 from .checkpoint.config_json import read_config
 from .config import Config
 from .errors import CheckpointError, InputError
@@ -32,7 +33,7 @@ from .store import open_store
 from .store.layout import MANIFEST, PAGE, PROGRESS, plan_store
 from .store.recipe import QUANTS, make_recipe, tensor_formats
 
-PROGRAM, SPARE = 150 << 20, 48 << 20
+PROGRAM = 150 << 20
 PAGE_TABLE = 512  # bytes of mapped memory for each byte of page table
 SHARE = 0.85  # of the read speeds of memory (measured: 79 to 101 %) and of the disk
 MEMORY_SPEED, DISK_SPEED = 20e9, 1e9  # bytes a second where nobody measured: two channels of DDR4, a plain SSD
