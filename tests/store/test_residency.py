@@ -84,7 +84,7 @@ def test_any_budget_gives_the_same_bits(opened, expected, capacity, load):
         assert engine.residency._held <= capacity
         stats = engine.residency.stats
         assert guess or stats.guesses_right == stats.guesses_wrong == 0
-        assert capacity == EXPERTS or stats.misses > 0
+        assert capacity >= EXPERTS - 1 or stats.misses > 0  # the one that is left out may never be wanted
 
 
 def test_without_direct_reads(opened, expected, monkeypatch):
