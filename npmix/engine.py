@@ -14,7 +14,6 @@ import numpy as np
 from .budgeted import open_forward
 from .config import Config
 from .errors import ContextError, EngineError, InputError
-from .kernels.tables import CHUNK
 from .model.forward import Forward
 from .model.kv_cache import DTYPES, position_bytes
 from .model.weights import Weights
@@ -57,7 +56,7 @@ class Engine:
                 longest = self.context if chunk is None else self.chunk
                 options = self.context, self.chunk, longest, kv, self.threads
                 self._forward = open_forward(self.source, ram, load, guess, *options)
-                self.chunk = int(self._forward.state.m[CHUNK])
+                self.chunk = self._forward.chunk
         except MemoryError as error:
             self.source.close()
             raise EngineError(f"not enough memory for a context of {self.context}: {error}; choose a smaller one") from None
@@ -191,7 +190,7 @@ class Engine:
     def residency(self):
         """What holds the weights under a memory budget (`store.residency.Residency`); None without one."""
         self._usable()
-        return getattr(self._forward, "residency", None)
+        return self._forward.residency
 
     def bytes_per_token(self) -> int:
         """Bytes of weights that one decoded token reads."""

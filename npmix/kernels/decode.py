@@ -153,7 +153,7 @@ def experts(mm, m, layers, layer, round, part, index, members):
         unit = item * RUN if item < runs else item + runs * (RUN - 1)
         end = unit + (RUN if item < runs else 1)
         while unit < end:
-            a, first = get_i32(m[TODO] + 4 * (unit // units)), unit % units
+            a, first = get_i32(m[SELECTED] + 4 * (unit // units)), unit % units
             count = min(end - unit, units - first)
             expert_units(mm, m, layers, layer, get_i32(experts + 4 * a), first, count, act, ONE, gate, up, NONE)
             for i in range(count):
@@ -166,7 +166,7 @@ def experts(mm, m, layers, layer, round, part, index, members):
     while item < units:
         begin, end = item * UNIT, min(item * UNIT + UNIT, blocks_of(m[DIM]))
         for i in range(todo):
-            a = get_i32(m[TODO] + 4 * i)
+            a = get_i32(m[SELECTED] + 4 * i)
             w = layers[layer, EXPERTS + 3 * get_i32(experts + 4 * a) + 2]
             mm(down, w, m[DIM], hidden, begin, end, m[H_ACTS] + a * h_bytes, ONE, m[Y] + a * y_bytes, NONE, NONE)
         for k in range(64 * begin, 64 * end if part == 0 or part & SUM else 0, 64):

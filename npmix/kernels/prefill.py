@@ -256,7 +256,7 @@ def experts(mm, m, layers, layer, tokens, skip, part, index, members):
     units, todo = (hidden + EXPERT_UNIT - 1) // EXPERT_UNIT, part // PART if part else m[N_EXPERTS]
     item = atomic_add(m[COUNTERS] + COUNT_GATE, 1)
     while item < todo * units:
-        expert, unit = get_i32(m[TODO] + 4 * (item // units)), item % units
+        expert, unit = get_i32(m[SELECTED] + 4 * (item // units)), item % units
         begin, count = expert_places(m, expert)
         if count:
             expert_units(mm, m, layers, layer, expert, unit, ONE, m[ACTS] + begin * in_bytes, count, gate, up, panel)
@@ -274,7 +274,7 @@ def experts(mm, m, layers, layer, tokens, skip, part, index, members):
     units = (blocks + UNIT - 1) // UNIT
     item = atomic_add(m[COUNTERS] + COUNT_DOWN, 1)
     while item < todo * units:
-        expert, first = get_i32(m[TODO] + 4 * (item // units)), item % units * UNIT
+        expert, first = get_i32(m[SELECTED] + 4 * (item // units)), item % units * UNIT
         begin, count = expert_places(m, expert)
         if count:
             w, h = layers[layer, EXPERTS + 3 * expert + 2], m[H_ACTS] + begin * h_bytes

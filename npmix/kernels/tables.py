@@ -25,13 +25,13 @@ SLOTS = 4
 ) = range(62)  # fmt: skip
 # what calibration keeps of a layer's inputs as float32 rows, or 0: see `observe.py`
 OBSERVED_NORMED, OBSERVED_ROWS, OBSERVED_HIDDEN = range(STATUS + 1, STATUS + 4)
-# TODO: int32 (N_EXPERTS): which experts (prefill), or which of a token's (decode), to compute. GUESS: int32 (2 * pairs): the experts that
-# each token would choose with the next layer's router, then room for their weights
-TODO, GUESS = range(OBSERVED_HIDDEN + 1, OBSERVED_HIDDEN + 3)
+# SELECTED: int32 (N_EXPERTS): which experts (prefill), or which of a token's (decode), to compute. GUESS: int32 (2 * pairs): the experts
+# that each token would choose with the next layer's router, then room for their weights
+SELECTED, GUESS = range(OBSERVED_HIDDEN + 1, OBSERVED_HIDDEN + 3)
 MACHINE_COLUMNS = GUESS + 1
 
 # A layer may be done in parts, so that experts can be read meanwhile: an int64, 0 for the whole, or ROUTE alone (all before the experts), or
-# EXPERTS + the number of experts in TODO * PART, with SUM in the last such call. The bits are the same.
+# SOME + PART * the number of experts in SELECTED, with SUM in the last such call. The bits are the same.
 ROUTE, SOME, SUM, PART = 1, 2, 4, 8
 
 (

@@ -20,7 +20,10 @@ SMALL = 8 << 20  # bytes of weights per decoded token below which a second threa
 class Forward:
     """One model's weights, cache and state, and the team that runs its kernels."""
 
+    residency = None  # what holds the weights under a memory budget (`streaming.py`)
+
     def __init__(self, weights: Weights, context: int, chunk: int, kv: str, threads: int):
+        self.chunk = chunk
         self.weights = weights
         self.config = weights.config
         self.cache = KVCache(self.config, context, chunk, kv)
@@ -62,8 +65,11 @@ class Forward:
         self.state.array(t.COUNTERS)[:] = 0
         self.decode_team.run(self._kernel, DECODE, self.state.m, self.weights.layers, token, position, first, last, logits, part)
 
-    def _prefill(self, count: int, position: int, layer: int, skip: int, part: int = 0) -> None:
+    def _prefill(self, count: int, position: int, layer: int, skip: int) -> None:
         """One layer of the chunk in TOKENS."""
+        self._prefill_part(count, position, layer, skip)
+
+    def _prefill_part(self, count: int, position: int, layer: int, skip: int, part: int = 0) -> None:
         self.state.array(t.COUNTERS)[:] = 0
         self.team.run(self._kernel, PREFILL, self.state.m, self.weights.layers, count, position, layer, skip, 0, part)
 

@@ -87,7 +87,7 @@ class RunState:
         self._new(t.BARRIER, (128,), np.uint8)
         self._new(t.CLOCKS, (1 + len(t.PHASES),), np.int64)
         self._new(t.STATUS, (2,), np.int64)
-        self._new(t.TODO, (c.n_experts,), np.int32)[:] = np.arange(c.n_experts)
+        self._new(t.SELECTED, (c.n_experts,), np.int32)[:] = np.arange(c.n_experts)
         self._new(t.GUESS, (2 * pairs,), np.int32)
 
     def _scratch(self, c: Config, weights: Weights, chunk: int, members: int) -> None:

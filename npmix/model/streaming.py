@@ -20,6 +20,7 @@ class StreamingForward(Forward):
     def __init__(self, residency: Residency, context: int, chunk: int, kv: str, threads: int):
         self.residency = residency
         super().__init__(Weights(residency), context, chunk, kv, threads)
+        self._all = self.state.array(t.SELECTED).copy()
         if residency.load == "read":
             columns = self.weights.layers[:, t.EXPERTS :]
             self._offsets = columns - columns[:, ::3].repeat(3, 1)  # of an expert's matrices from its first one
@@ -35,7 +36,7 @@ class StreamingForward(Forward):
         layers, active = self.config.n_layers, self.config.n_active
         with self.residency.whole() as whole:
             if whole:
-                self._whole()
+                self._select_all()
                 self.residency.stats.hits += layers * active
                 return super()._decode(token, position, logits)
         choice = self.state.array(t.SCRATCH)[0, self.state.m[t.S_CHOICE] :][: 4 * active].view(np.int32)
@@ -50,38 +51,37 @@ class StreamingForward(Forward):
     def _decode_experts(self, token: int, position: int, layer: int, experts: list[int]) -> None:
         with closing(self.residency.arrive(layer, experts, self._guesses(layer, 0, 1))) as arrivals:
             for some, last in arrivals:
-                part = self._todo([experts.index(expert) for expert in some], last)
+                part = self._select([experts.index(expert) for expert in some], last)
                 self._decode_part(token, position, layer, layer + 1, 0, part)
 
-    def _prefill(self, count: int, position: int, layer: int, skip: int, part: int = 0) -> None:
+    def _prefill(self, count: int, position: int, layer: int, skip: int) -> None:
         c = self.config
         with self.residency.whole() as whole:
             if whole:
-                self._whole()
+                self._select_all()
                 return super()._prefill(count, position, layer, skip)
         if layer == 0 and count * c.n_active >= 2 * c.n_experts:  # nearly all will be needed
             self.residency.expect(0, list(range(c.n_experts)))
         self.residency.check()
-        super()._prefill(count, position, layer, skip, t.ROUTE)
+        self._prefill_part(count, position, layer, skip, t.ROUTE)
         starts = self.state.array(t.STARTS)
         experts = np.flatnonzero(np.diff(starts)).tolist()
-        first = (
-            count - 1 if self._wanted in ("last", "none") and layer == c.n_layers - 2 else 0
-        )  # the last layer is for the last token alone
+        last_alone = self._wanted in ("last", "none") and layer == c.n_layers - 2  # all that the layer after this one is for
+        first = count - 1 if last_alone else 0
         with closing(self.residency.arrive(layer, experts, self._guesses(layer, first, count))) as arrivals:
             for some, last in arrivals:
-                super()._prefill(count, position, layer, skip, self._todo(some, last))
+                self._prefill_part(count, position, layer, skip, self._select(some, last))
 
     def _head(self, first: int, count: int) -> np.ndarray:
         self.residency.check()
         return super()._head(first, count)
 
-    def _whole(self) -> None:
-        self.state.array(t.TODO)[:] = np.arange(self.config.n_experts)
+    def _select_all(self) -> None:
+        self.state.array(t.SELECTED)[:] = self._all
 
-    def _todo(self, numbers: list[int], last: bool) -> int:
-        """Put down what to compute; gives the kernel's word for it."""
-        self.state.array(t.TODO)[: len(numbers)] = numbers
+    def _select(self, numbers: list[int], last: bool) -> int:
+        """Put down which experts to compute; gives the kernel's word for it."""
+        self.state.array(t.SELECTED)[: len(numbers)] = numbers
         return t.SOME + t.PART * len(numbers) + (t.SUM if last else 0)
 
     def _guesses(self, layer: int, first: int, last: int) -> list[int]:

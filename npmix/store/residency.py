@@ -51,6 +51,7 @@ class Residency:
         self._units = units_of(store)
         self._shared, self._experts = self._units.shared, self._units.experts
         self.stats.experts = len(self._experts)
+        self._largest = max(unit.nbytes for unit in self._experts.values())
         self._wanted: list[Unit] = []
         self._guessed: list[Unit] = []
         self._free: list[Copy] = []
@@ -68,7 +69,7 @@ class Residency:
     @property
     def expert_bytes(self) -> int:
         """Memory that an expert takes, page tables and what the kernel reads past a range of a map counted."""
-        largest = -(-max(unit.nbytes for unit in self._experts.values()) // PAGE) * PAGE
+        largest = -(-self._largest // PAGE) * PAGE
         return largest + largest // 256 + (BEHIND if self.load == "map" else 0)
 
     def tensor(self, name: str) -> Tensor:
@@ -293,9 +294,9 @@ class Residency:
     def _memory(self, unit: Unit) -> Copy | Mapped:
         if self.load == "map":
             return Mapped(self.store.range(unit.file.path.name, unit.start, unit.nbytes))
-        return (
-            Copy(unit.nbytes) if unit.layer < 0 else self._free.pop() if self._free else Copy(max(u.nbytes for u in self._experts.values()))
-        )
+        if unit.layer < 0:
+            return Copy(unit.nbytes)
+        return self._free.pop() if self._free else Copy(self._largest)
 
     def _give(self, unit: Unit) -> bool:
         try:
