@@ -6,11 +6,10 @@ Packed formats: a weight is an int8 times a float16 scale per group of G inputs,
 its codes become int8:
 
     q8              w = (code - 128) * scale
-    q6              w = values[code] * scale
-    q4              w = values[code] * multipliers[selector] * scale
+    q6, q4          w = values[code] * multipliers[selector] * scale
     q2, q3, q5      w = values[selector][code] * scale
 
-with a selector for each `per` inputs of a row. Values are small tables of integers, uneven because weights are; a selector
+with a selector for each `per` inputs of a row. Values are small tables of integers, uneven (but q6's) because weights are; a selector
 picks the table, or a signed multiplier that scales and mirrors the one there is, to suit its inputs. All integers
 fit int8, so every kernel sees the same exact ones, and no table has more than 128 of them: one instruction of AVX-512 finds any.
 
@@ -162,7 +161,7 @@ PACKED = {
     format.name: format
     for format in (
         Packed("q8", (8,), 128),
-        Packed("q6", (4, 2), 32, (tuple(range(-32, 32)),)),
+        Packed("q6", (4, 2), 64, (tuple(range(-32, 32)),), (2, 3), 8, 0.028),
         Packed("q5", (4, 1), 64, _Q5, (1,) * 4, 8, 0.029),
         Packed("q4", (4,), 128, ((-10, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 7, 9, 11),), (-5, -4, -3, -2, 2, 3, 4, 5), 8, 0.0578),
         Packed("q3", (2, 1), 128, _Q3, (1,) * 16, 16, 0.029),

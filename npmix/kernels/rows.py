@@ -48,7 +48,7 @@ from .unpack import unpack_block
 
 MINUS_LOG2_E = -1.4426950408889634
 TOPS = (127, 126, 125, 124)  # codes that the largest input of a group may have
-FINE = 32  # groups that look for theirs: those of q8 and q6, beside whose errors the inputs' are not small
+FINE = 32  # groups that look for theirs: those of q8, beside whose errors the inputs' are not small
 
 
 @functools.lru_cache(maxsize=None)

@@ -142,8 +142,10 @@ class Unpacker:
         return builder.xor(value, const_vector("i8", 64, 128))
 
     def _lookup(self, entries, index):
-        """entries[index] of up to 128 entries, 16 at a time."""
+        """entries[index] of up to 128 entries, 16 at a time; even steps need no table."""
         builder, found = self.builder, None
+        if tuple(entries) == tuple(range(entries[0], entries[0] + len(entries))):
+            return builder.add(index, const_vector("i8", 64, entries[0]))
         for first in range(0, len(entries), 16):
             part = _lookup_16(builder, list(entries[first : first + 16]), index)
             if found is None:
