@@ -34,6 +34,7 @@ class StreamingForward(Forward):
 
     def _decode(self, token: int, position: int, logits: int) -> None:
         layers, active = self.config.n_layers, self.config.n_active
+        self.residency.passing = False
         with self.residency.whole() as whole:
             if whole:
                 self._select_all()
@@ -60,7 +61,8 @@ class StreamingForward(Forward):
             if whole:
                 self._select_all()
                 return super()._prefill(count, position, layer, skip)
-        if layer == 0 and count * c.n_active >= 2 * c.n_experts:  # nearly all will be needed
+        self.residency.passing = count * c.n_active >= 2 * c.n_experts  # nearly all will be needed
+        if layer == 0 and self.residency.passing:
             self.residency.expect(0, list(range(c.n_experts)))
         self.residency.check()
         self._prefill_part(count, position, layer, skip, t.ROUTE)

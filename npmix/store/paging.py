@@ -119,6 +119,7 @@ class Copy:
     """Memory of our own for a range of a file: what happens to the file later does not matter."""
 
     def __init__(self, nbytes: int):
+        self.fresh = True  # not all of it was ever touched
         flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
         self._map = mmap.mmap(-1, -(-nbytes // PAGE) * PAGE, **flags)  # not shared: huge pages
         if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -134,6 +135,8 @@ class Copy:
 
 class Mapped:
     """A range of a file's map: pages are brought in before they are used, and given back."""
+
+    fresh = False  # memory of the page cache
 
     def __init__(self, bytes: np.ndarray):
         self.bytes = bytes

@@ -55,7 +55,10 @@ class Residency:
         self._wanted: list[Unit] = []
         self._guessed: list[Unit] = []
         self._free: list[Copy] = []
+        self._filling: Unit | None = None  # what is read because there is memory that nobody has used
         self._held = self._ready = self._layer = self._flying = 0
+        self.passing = False  # a long prompt: all experts of a layer are wanted, once, and those behind not soon again
+        self._fresh_s, self._fresh_bytes = 0.0, 0  # processor time that reading into memory never used before took
         self._stretch = 0.0, 0  # when it began, bytes read at that time
         self._watched = -1e9
         c = self.config
@@ -227,7 +230,7 @@ class Residency:
                 if self._stopped:
                     return
                 unit, offset, nbytes = piece
-            error = None
+            error, fresh, began = None, unit.memory.fresh, time.thread_time()
             try:
                 unit.memory.fetch(unit.file, unit.start, offset, nbytes)
             except NpmixError as failure:
@@ -235,6 +238,9 @@ class Residency:
             except (OSError, MemoryError) as failure:
                 error = StoreError(f"cannot read {unit.file.path}: {failure}")
             with self._changed:
+                if fresh:
+                    self._fresh_s += time.thread_time() - began
+                    self._fresh_bytes += nbytes
                 self._landed(unit, nbytes, error)
 
     def _next(self) -> tuple[Unit, int, int] | None:
@@ -247,13 +253,18 @@ class Residency:
                 if unit.memory or self._room(True) and self._give(unit):
                     unit.ahead = self._guess
                     return self._piece(unit)
-        if self._held < self.stats.capacity and self._held < len(self._experts):
-            for unit in self._experts.values():
-                if unit.memory is None and not unit.error:
-                    return self._piece(unit) if self._give(unit) else None
-        for unit in self._experts.values() if self.stats.capacity == len(self._experts) > self._ready else ():
-            if unit.memory and unit.asked < unit.nbytes and not unit.error:
-                return self._piece(unit)
+        return self._piece(unit) if (unit := self._to_fill()) else None
+
+    def _to_fill(self) -> Unit | None:
+        """What to read where nothing is asked for: experts in the order of the layers, one after the other, while there is memory."""
+        unit, room = self._filling, self._held < self.stats.capacity and not self._spares_memory()
+        if unit and unit.memory and unit.asked < unit.nbytes and not unit.error:
+            return unit
+        all_fit = self.stats.capacity == len(self._experts) > self._ready  # then what a guess began is wanted too
+        for unit in self._experts.values() if room or all_fit else ():
+            if unit.asked < unit.nbytes and not unit.error and (all_fit or not unit.memory):
+                self._filling = unit
+                return unit if unit.memory or self._give(unit) else None
         return None
 
     def _piece(self, unit: Unit) -> tuple[Unit, int, int]:
@@ -307,14 +318,20 @@ class Residency:
         self._held += 1
         return True
 
+    def _spares_memory(self) -> bool:
+        """Whether to use what was used rather than more of it: in a long prompt, if touching new memory takes longer than reading again.
+
+        A virtual machine may get each page from its host when it is first touched: 1 to 3 s a GB, which computing could have had.
+        """
+        return self.passing and self.stats.capacity < len(self._experts) and self._fresh_s * self.stats.rate > self._fresh_bytes
+
     def _room(self, guess: bool) -> bool:
         """Whether there is memory for one more expert, after one has gone if need be."""
-        if self._held >= self.stats.capacity:
-            victim = self._victim(guess)
-            if victim is None:
-                return False
+        full = self._held >= self.stats.capacity
+        victim = self._victim(guess or not full) if full or self._spares_memory() else None
+        if victim:
             self._evict(victim)
-        return True
+        return victim is not None or not full
 
     def _victim(self, guess: bool) -> Unit | None:
         """The expert expected to be needed last, layers being the measure of time; one that is half there goes first."""
@@ -330,14 +347,16 @@ class Residency:
         return best
 
     def _evict(self, unit: Unit) -> None:
-        self._ready -= unit.ready
+        whole = unit.ready
+        self._ready -= whole
         self._held -= 1
-        if unit.ready:
+        if whole:
             self.placed(unit.layer, unit.expert, 0)
         memory, unit.memory, unit.asked, unit.landed, unit.ahead = unit.memory, None, 0, 0, False
         if isinstance(memory, Mapped):
             memory.release(unit.file, unit.start, unit.nbytes)
         elif self._held < self.stats.capacity:
+            memory.fresh = memory.fresh and not whole
             self._free.append(memory)
 
     def _forget_behind(self, unit: Unit) -> None:

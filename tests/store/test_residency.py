@@ -120,35 +120,6 @@ def note_fetches(fetch, read):
     return noting
 
 
-def test_what_is_expected_last_goes_first():
-    """With equal use the layer just computed goes first; an expert chosen lately stays before one that was not; what is pinned stays."""
-    with open_store(BUNDLED) as store:
-        residency = Residency(store)
-        for unit in residency._experts.values():
-            unit.memory, unit.landed = object(), unit.nbytes
-        residency._layer = 1
-        assert residency._victim(False).layer == 1
-        for expert in range(8):
-            residency._experts[1, expert].pinned = True
-        assert residency._victim(False).layer == 0
-        residency._chosen[3, 5] = 0.1
-        assert (residency._victim(False).layer, residency._victim(False).expert) == (3, 5)
-        residency.close()
-
-
-def test_wanted_reads_come_before_guesses_and_those_before_the_rest():
-    """The next piece is of a wanted expert; when none is left, of a guessed one; then of any, while there is memory to spare."""
-    with open_store(BUNDLED) as store:
-        residency = Residency(store)
-        residency.resize(3)
-        wanted, guessed = residency._experts[1, 6], residency._experts[2, 3]
-        with residency._changed:
-            residency._plan(1, [wanted], [3])
-        assert [residency._next()[0] for _ in range(3)] == [wanted, guessed, residency._experts[0, 0]]
-        assert residency._next() is None
-        residency.close()
-
-
 def test_statistics(opened):
     """Each choice of the router is a hit or a miss; what was read is a whole number of experts beside what all tokens need."""
     engine = opened(4)
