@@ -13,7 +13,8 @@ npmix without, the disk again. Random token ids are fed one by one, as llama-ben
     tok/s       of the tokens fed, after the program said that it is ready; `loaded` in brackets: the same with loading counted
     ratio       npmix over llama.cpp, over the tokens that both came to (--seconds cuts slow runs short)
     bound       tokens a second if the disk had read, at the rate measured around it, without a pause, what had to be read (all bytes of the
-                experts that were missing, or that were read in time because of a right guess); share: npmix's part of that
+                experts that were missing, or that were read in time because of a right guess); share: npmix's part of that; later: the
+                same of the second half of the tokens, when no more memory is touched for the first time
     read        gigabytes from the disk per token after loading, npmix / llama.cpp (/proc/PID/io)
     peak        the most memory of the control group, page cache counted (libraries that others brought into the cache are not), of both
 """
@@ -86,6 +87,8 @@ class Program:
                     found["tokens"].append(answer["seconds"])
                     found["logits"].append(answer.get("logits"))
                     found["read"] = read_bytes(process.pid) - found["read_by_load"]
+                    if self.worker.stem == "npmix_worker" and len(found["tokens"]) == len(ids) // 2:
+                        found["halfway"] = {"tokens": len(found["tokens"]), **process.ask("statistics")}
                 if self.worker.stem == "npmix_worker":
                     found["statistics"] = process.ask("statistics")
             except PeerError as error:
@@ -182,19 +185,28 @@ def in_words(run: dict) -> str:
 # ---- the report ---------------------------------------------------------------------------------------
 
 
-def bound(run: dict, disk_rate: float) -> float:
-    """Tokens a second if the disk read what had to be read and nothing else; 0 if nothing had to."""
-    stats = run.get("statistics")
-    if not stats:
+def bound(run: dict, disk_rate: float, later: bool = False) -> float:
+    """Tokens a second if the disk read what had to be read and nothing else; 0 if nothing had to. later: of the tokens of the second half."""
+    if not (stats := run.get("statistics")):
         return 0.0
+    before = run["halfway"] if later else {}
+    read, misses, wrong = (stats[key] - before.get(key, 0) for key in ("bytes_read", "misses", "guesses_wrong"))
     whole = run["expert_bytes"]  # of wrong guesses: some were only begun
-    needed = min(stats["bytes_read"], max(stats["misses"] * whole, stats["bytes_read"] - stats["guesses_wrong"] * whole))
-    return disk_rate * len(run["tokens"]) / needed if needed else 0.0
+    needed = min(read, max(misses * whole, read - wrong * whole))
+    return disk_rate * (len(run["tokens"]) - before.get("tokens", 0)) / needed if needed else 0.0
+
+
+def later_share(run: dict, disk_rate: float) -> float | None:
+    """Part of the bound that was had of the second half of the tokens; None where that is not known."""
+    if not run.get("halfway") or not (most := bound(run, disk_rate, later=True)):
+        return None
+    seconds = run["tokens"][run["halfway"]["tokens"] :]
+    return len(seconds) / sum(seconds) / most
 
 
 COLUMNS = {  # and their widths
-    "GiB": 5, "npmix": 14, "tok/s (loaded)": 16, "llama.cpp": 16, "ratio": 7, "(loaded)": 9, "bound": 7, "share": 6, "disk": 6,
-    "read": 11, "peak": 12, "hits": 6, "guessed right": 15, "tokens": 8,
+    "GiB": 5, "npmix": 14, "tok/s (loaded)": 16, "llama.cpp": 16, "ratio": 7, "(loaded)": 9, "bound": 7, "share": 6, "later": 6,
+    "disk": 6, "read": 11, "peak": 12, "hits": 6, "guessed right": 15, "tokens": 8,
 }  # fmt: skip
 
 
@@ -217,6 +229,7 @@ def cells(run: dict, peer: dict, disk_rate: float) -> list[str]:
         return [in_words(run)]
     ours, theirs = len(run["tokens"]), len(peer["tokens"])
     both, most, stats = min(ours, theirs), bound(run, disk_rate), run.get("statistics", {})
+    later = later_share(run, disk_rate)
     hits, right, wrong = (stats.get(key, 0) for key in ("hits", "guesses_right", "guesses_wrong"))
     asked = hits + stats.get("misses", 0)
 
@@ -236,6 +249,7 @@ def cells(run: dict, peer: dict, disk_rate: float) -> list[str]:
         f"({ratio(True)})",
         f"{most:.3f}" if most else "-",
         f"{100 * speed(run) / most:.0f} %" if most else "-",
+        f"{100 * later:.0f} %" if later else "-",
         f"{disk_rate / 1e9:.2f}",
         f"{read(run)}/{read(peer)}",
         f"{run['peak'] / GIB:.2f}/{peer.get('peak', 0) / GIB:.2f}",

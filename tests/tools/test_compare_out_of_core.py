@@ -127,6 +127,14 @@ def test_ratio_is_over_the_tokens_both_came_to(capsys):
     assert "DIFFER" in capsys.readouterr().out
 
 
+def test_share_of_the_later_tokens():
+    """The second half alone: its own seconds against its own missed bytes; unknown where nobody asked halfway."""
+    halfway = {"tokens": 2, "hits": 5, "misses": 8, "bytes_read": 9 * 10**8, "guesses_right": 0, "guesses_wrong": 1}
+    found = run(5.0, 5.0, 0.5, 0.5, statistics=STATISTICS, halfway=halfway)  # 500 MB and 2 misses later, 3 wrong guesses: 200 MB needed
+    assert tool.later_share(found, 1e9) == pytest.approx(0.2)
+    assert tool.later_share(run(1.0, statistics=STATISTICS), 1e9) is None
+
+
 def test_settings_that_do_not_load_are_not_tried_with_less_memory(monkeypatch):
     """The fastest settings of those that load are taken; one that failed is left out from there on."""
     comparison = object.__new__(tool.Comparison)
