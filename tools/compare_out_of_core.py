@@ -291,6 +291,7 @@ def prepare(args, made: list[Path]) -> tuple[Path, Path | None]:
     if args.no_llama:
         return store, None
     if not gguf.exists():
+        gguf.parent.mkdir(parents=True, exist_ok=True)
         needed, free = sum(file.stat().st_size for file in store.iterdir()) * 1.01, shutil.disk_usage(gguf.parent).free
         if free < needed:
             raise SystemExit(f"{gguf} needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free")
