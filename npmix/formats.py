@@ -9,7 +9,7 @@ its codes become int8:
     q6, q4          w = values[code] * multipliers[selector] * scale
     q2, q3, q5      w = values[selector][code] * scale
 
-with a selector for each `per` inputs of a row. Values are small tables of integers, uneven (but q6's) because weights are; a selector
+with a selector for each `per` inputs of a row. Values are small tables of integers, uneven because weights are, but for q6's; a selector
 picks the table, or a signed multiplier that scales and mirrors the one there is, to suit its inputs. All integers
 fit int8, so every kernel sees the same exact ones, and no table has more than 128 of them: one instruction of AVX-512 finds any.
 

@@ -14,7 +14,7 @@ npmix without, the disk again. Random token ids are fed one by one, as llama-ben
     ratio       npmix over llama.cpp, over the tokens that both came to (--seconds cuts slow runs short)
     bound       tokens a second if the disk had read, at the rate measured around it, without a pause, what had to be read (all bytes of the
                 experts that were missing, or that were read in time because of a right guess); share: npmix's part of that; later: the
-                same of the second half of the tokens, when no more memory is touched for the first time
+                same of the second half of the tokens, when hardly any memory is touched for the first time
     read        gigabytes from the disk per token after loading, npmix / llama.cpp (/proc/PID/io)
     peak        the most memory of the control group, page cache counted (libraries that others brought into the cache are not), of both
 """

@@ -2,8 +2,8 @@
 
 One hard fact: this is all that tells one packed format from another; whatever comes after sees the same
 integers. A table costs a lookup a vector, which serves every token of a tile: on AVX-512 VBMI one instruction finds
-the integer of any code and selector in a table of up to 128 bytes; elsewhere tables are read 16 bytes at a time, and
-a format with multipliers reads one row of values and multiplies.
+the integer of any code and selector in a table of up to 128 bytes; elsewhere tables are read 16 bytes at a time (even steps are
+added), and a format with multipliers reads one row of values and multiplies.
 """
 
 import functools
@@ -113,13 +113,11 @@ class Unpacker:
     def _lookup_all(self, index, selectors, i):
         """AVX-512 VBMI: the selector joins the code, and one permutation of bytes reads the whole table."""
         builder, spec, kind = self.builder, self.spec, vector("i8", 64)
-        if spec.selector_bits:
-            first = spec.selector_bits * (4 * i // spec.per) - spec.bits  # which bits of each lane become bits 0..7 of its bytes
-            control = const_vector("i8", 64, [(first + 32 * (b // 4)) % 64 for b in range(8)] * 8)
-            picked = call(builder, "llvm.x86.avx512.pmultishift.qb.512", kind, control, builder.bitcast(selectors, kind))
-            index = self._select(spec.bits, index, picked)
-        data = (table(self.name).view(np.uint8) ^ 128).ravel()
-        whole = np.resize(data, 64 if data.size <= 64 else 128).tolist()  # repeated: bits above the index do not matter
+        first = spec.selector_bits * (4 * i // spec.per) - spec.bits  # which bits of each lane become bits 0..7 of its bytes
+        control = const_vector("i8", 64, [(first + 32 * (b // 4)) % 64 for b in range(8)] * 8)
+        picked = call(builder, "llvm.x86.avx512.pmultishift.qb.512", kind, control, builder.bitcast(selectors, kind))
+        index = self._select(spec.bits, index, picked)
+        whole = (table(self.name).view(np.uint8) ^ 128).ravel().tolist()  # 64 or 128: bits above the index do not matter
         if len(whole) == 64:
             return call(builder, "llvm.x86.avx512.permvar.qi.512", kind, const_vector("i8", 64, whole), index)
         low, high = (const_vector("i8", 64, part) for part in (whole[:64], whole[64:]))
@@ -129,8 +127,6 @@ class Unpacker:
         """Code and selector apart, or joined where each selector has a row of its own."""
         builder, spec = self.builder, self.spec
         code = builder.and_(index, const_vector("i8", 64, (1 << spec.bits) - 1))
-        if not spec.selector_bits:
-            return builder.xor(self._lookup(spec.values[0], code), const_vector("i8", 64, 128))
         lane = builder.lshr(selectors, const_vector("i32", 16, spec.selector_bits * (4 * i // spec.per)))
         which = builder.and_(builder.bitcast(lane, vector("i8", 64)), const_vector("i8", 64, (1 << spec.selector_bits) - 1))
         which = shuffle(builder, which, [b // 4 * 4 for b in range(64)])
@@ -232,8 +228,6 @@ def twin_row_block(name, group, address, n_groups):
         low, at = low + p, at + CHUNK * 2 * p
     if not spec.values:
         codes -= 128
-    elif not spec.selector_bits:
-        codes = table(name)[0].astype(np.int32)[codes]
     else:
         size = spec.selector_bytes(spec.word)
         words = data[:, 64 : codes_at(name, group)].reshape(-1, 16, size).astype(np.int64)

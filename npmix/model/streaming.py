@@ -61,8 +61,9 @@ class StreamingForward(Forward):
             if whole:
                 self._select_all()
                 return super()._prefill(count, position, layer, skip)
-        self.residency.passing = count * c.n_active >= 2 * c.n_experts  # nearly all will be needed
-        if layer == 0 and self.residency.passing:
+        pairs = count * c.n_active
+        self.residency.passing = pairs >= 32 * c.n_experts and layer + 1 < c.n_layers  # computing takes about as long as reading, or longer
+        if layer == 0 and pairs >= 2 * c.n_experts:  # nearly all will be needed
             self.residency.expect(0, list(range(c.n_experts)))
         self.residency.check()
         self._prefill_part(count, position, layer, skip, t.ROUTE)

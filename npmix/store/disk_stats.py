@@ -1,4 +1,4 @@
-"""Figures of weights read under a memory budget.
+"""Figures of weights read under a memory budget, and what the memory for them costs.
 
 One hard fact: a wait's bytes are compared with the fastest stretch of the same run, so the share says how busy the disk was kept,
 not how fast it is.
@@ -46,3 +46,23 @@ class DiskStats:
     def to_dict(self) -> dict:
         """All figures as plain JSON values."""
         return {**asdict(self), "share_of_rate": self.share_of_rate}
+
+
+class MemoryPrice:
+    """What touching memory for the first time costs: readers' processor time for it, above that for memory that was used before.
+
+    A virtual machine may get each page from its host when it is first touched: 1 to 3 s a GB, which computing could have had.
+    """
+
+    def __init__(self):
+        self._seconds, self._bytes = [0.0, 0.0], [0, 0]  # of used, of fresh memory
+
+    def add(self, fresh: bool, seconds: float, nbytes: int) -> None:
+        """Note the processor time of a read."""
+        self._seconds[fresh] += seconds
+        self._bytes[fresh] += nbytes
+
+    def dear(self, rate: float) -> bool:
+        """Whether a byte of it costs more time than reading one from a disk of that many bytes a second."""
+        used, fresh = (seconds / nbytes if nbytes else 0.0 for seconds, nbytes in zip(self._seconds, self._bytes))
+        return (fresh - used) * rate > 1

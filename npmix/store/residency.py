@@ -7,7 +7,8 @@ An expert is one run of bytes of its layer's file and comes and goes whole. What
 embeddings, output) is read first and stays. When a layer's router has chosen, `arrive` gives its experts as they come;
 behind them, in this order, the disk reads what the next layer's router would choose (Eliseev & Mazur 2023, arXiv
 2312.17238) and, while there is memory that nobody has used, experts in the order of the layers. Who must go: the expert
-that is expected to be needed last, by the layers until its own comes again and by how often it was chosen lately.
+that is expected to be needed last, by the layers until its own comes again and by how often it was chosen lately. Long
+prompts use the memory of layers behind again where touching new memory is dear.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ import numpy as np
 
 from ..errors import EngineError, NpmixError, StoreError
 from ..quant.tensor import Tensor
-from .disk_stats import DiskStats
+from .disk_stats import DiskStats, MemoryPrice
 from .layout import PAGE
 from .paging import BEHIND, PIECE, Copy, Mapped
 from .units import Unit, units_of
@@ -58,7 +59,7 @@ class Residency:
         self._filling: Unit | None = None  # what is read because there is memory that nobody has used
         self._held = self._ready = self._layer = self._flying = 0
         self.passing = False  # a long prompt: all experts of a layer are wanted, once, and those behind not soon again
-        self._fresh_s, self._fresh_bytes = 0.0, 0  # processor time that reading into memory never used before took
+        self._price = MemoryPrice()
         self._stretch = 0.0, 0  # when it began, bytes read at that time
         self._watched = -1e9
         c = self.config
@@ -177,7 +178,7 @@ class Residency:
             unit.pinned, unit.error = True, None
             stats.hits += unit.ready
             stats.misses += not unit.ready
-        self._wanted = [unit for unit in units if not unit.ready]
+        self._wanted = sorted((unit for unit in units if not unit.ready), key=lambda unit: unit.memory is None)  # begun ones first
         self._expect(layer + 1, guesses if self.guessing else [], True)
         self._changed.notify_all()
 
@@ -238,9 +239,7 @@ class Residency:
             except (OSError, MemoryError) as failure:
                 error = StoreError(f"cannot read {unit.file.path}: {failure}")
             with self._changed:
-                if fresh:
-                    self._fresh_s += time.thread_time() - began
-                    self._fresh_bytes += nbytes
+                self._price.add(fresh, time.thread_time() - began, nbytes)
                 self._landed(unit, nbytes, error)
 
     def _next(self) -> tuple[Unit, int, int] | None:
@@ -319,11 +318,8 @@ class Residency:
         return True
 
     def _spares_memory(self) -> bool:
-        """Whether to use what was used rather than more of it: in a long prompt, if touching new memory takes longer than reading again.
-
-        A virtual machine may get each page from its host when it is first touched: 1 to 3 s a GB, which computing could have had.
-        """
-        return self.passing and self.stats.capacity < len(self._experts) and self._fresh_s * self.stats.rate > self._fresh_bytes
+        """Whether to use what was used rather than more of it: in a long prompt, if touching new memory takes longer than reading again."""
+        return self.passing and self.stats.capacity < len(self._experts) and self._price.dear(self.stats.rate)
 
     def _room(self, guess: bool) -> bool:
         """Whether there is memory for one more expert, after one has gone if need be."""
@@ -340,7 +336,9 @@ class Residency:
         for unit in self._experts.values():
             if unit.memory is None or unit.pinned or unit.flying or self._whole or guess and unit.expected:
                 continue
-            when = (unit.layer - self._layer - 1) % layers + 1 + layers * (1 / max(self._chosen[unit.layer, unit.expert], 1e-3) - 1)
+            when = (unit.layer - self._layer - 1) % layers + 1
+            if not self.passing:  # then all experts of a layer are wanted
+                when += layers * (1 / max(self._chosen[unit.layer, unit.expert], 1e-3) - 1)
             when = (0.0 if unit.expected else when) if unit.ready else 1e9 - unit.expected
             if when > worst:
                 best, worst = unit, when

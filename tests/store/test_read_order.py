@@ -7,6 +7,7 @@ import pytest
 from npmix.engine import Engine
 from npmix.generate import BUNDLED
 from npmix.store import open_store, paging
+from npmix.store.disk_stats import MemoryPrice
 from npmix.store.residency import Residency
 
 
@@ -67,15 +68,42 @@ def test_idle_disks_fill_memory_with_whole_experts(monkeypatch, load):
 def test_a_long_prompt_uses_memory_again_where_new_memory_is_dear(dear):
     """Where touching new memory takes longer than reading, a long prompt holds three layers' experts at most, else all that fit; what comes after
     it takes what is left."""
-    with Engine(BUNDLED, context=64, chunk=64, ram="2G") as engine:
-        residency = engine.residency
+    with Engine(BUNDLED, context=160, chunk=160, ram="2G") as engine:
+        residency, held = engine.residency, []
         residency.affordable = None
-        residency.resize(1)
-        assert until(lambda: residency._held == 1)
-        residency.stats.rate, residency._fresh_s, residency._fresh_bytes = 1e9, 1e9 * dear, 1 << 40
+        assert until(lambda: residency.resize(1) or residency._held == 1)  # what was being read stays until it is there
+        residency.stats.rate, residency._price = 1e9, MemoryPrice()
+        residency._price.add(True, 1e9 * dear, 1 << 40)
         residency.passing = True
         residency.resize(31)
-        engine.prefill(list(range(40, 88)))
-        assert 8 <= residency._held <= 24 if dear else until(lambda: residency._held == 31)
+        engine.prefill(list(range(40, 190)), lambda done, total: held.append(residency._held))
+        assert max(held[:3]) <= 24 if dear else until(lambda: residency._held == 31)
         engine.step(7)
         assert until(lambda: residency._ready == 31)
+
+
+def test_the_price_of_memory():
+    """What fresh memory takes beyond used memory counts, against the disk's time for as many bytes; nothing known is not dear."""
+    price = MemoryPrice()
+    assert not price.dear(1e9)
+    price.add(True, 2.0, 10**9)
+    assert price.dear(1e9) and not price.dear(0.4e9)
+    price.add(False, 1.5, 10**9)  # reading itself takes most of it
+    assert not price.dear(1e9)
+
+
+@pytest.mark.compiled
+def test_one_expert_in_many_pieces_where_only_one_fits(monkeypatch):
+    """A guess that was begun holds the only memory when the router wants it and another one: it is read to its end first; no one waits for ever."""
+    monkeypatch.setattr("npmix.store.residency.PIECE", paging.PAGE)
+    with open_store(BUNDLED) as store:
+        residency = Residency(store)
+        residency.resize(1)
+        begun = residency._experts[2, 5]
+        with residency._changed:
+            residency._plan(1, [], [5])
+            assert residency._next()[0] is begun and residency._next()[0] is begun
+            begun.flying = 0
+            residency._plan(2, [residency._experts[2, 1], begun], [])
+            assert residency._next()[0] is begun
+        residency.close()

@@ -17,7 +17,7 @@ from npmix.engine import Engine
 from npmix.errors import EngineError, InputError, StoreError
 from npmix.generate import BUNDLED
 from npmix.kernels._jit import DISABLED
-from npmix.store import open_store, paging
+from npmix.store import paging
 from npmix.store import residency as module
 from npmix.store.residency import Residency
 
