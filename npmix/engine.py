@@ -7,6 +7,7 @@ decided above it (`generate.py`). After a fork its threads are gone, so a child 
 import contextlib
 import os
 import threading
+import time
 import warnings
 
 import numpy as np
@@ -88,6 +89,13 @@ class Engine:
         """Compile the kernels, or load them from the disk cache, so that the first token does not wait for them."""
         with self._at_work():
             self._forward.load_kernels()
+
+    def load_experts(self) -> None:
+        """Read as many experts as a memory budget holds, so that the first tokens do not wait for them; without a budget nothing."""
+        with self._at_work():
+            residency = self._forward.residency
+            while residency and not residency.full():
+                time.sleep(0.02)
 
     def prefill(self, ids, on_progress=None) -> np.ndarray:
         """Append ids to the sequence; float32 logits (V,) of the last. on_progress(done, total) counts tokens times layers.

@@ -10,7 +10,8 @@ routing (`make_checkpoint.py`); so no text is worth reading, and no expert is us
 Per limit, and each from a cold cache: the disk's sequential rate, llama.cpp with the fastest of its settings that load, npmix with guessing,
 npmix without, the disk again. Random token ids are fed one by one, as llama-bench does. What is printed:
 
-    tok/s       of the tokens fed, after the program said that it is ready; `loaded` in brackets: the same with loading counted
+    tok/s       of the tokens fed, after the program said that it is ready; `loaded` in brackets: the same with loading counted, in which
+                llama.cpp reads its map ahead and npmix the experts that its budget holds (`Engine.load_experts`)
     ratio       npmix over llama.cpp, over the tokens that both came to (--seconds cuts slow runs short)
     bound       tokens a second if the disk had read, at the rate measured around it, without a pause, what had to be read (all bytes of the
                 experts that were missing, or that were read in time because of a right guess); share: npmix's part of that; later: the

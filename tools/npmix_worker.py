@@ -30,6 +30,7 @@ class Worker:
         began = time.perf_counter()
         self.engine = self._open(path, threads=threads, context=positions, **options)
         self.engine.load_kernels()
+        self.engine.load_experts()
         if self.engine.residency:
             self.loaded = replace(self.engine.residency.stats)
         return {"seconds": time.perf_counter() - began}

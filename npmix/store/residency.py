@@ -158,11 +158,21 @@ class Residency:
         finally:
             self._unpin(units)
 
-    def expect(self, layer: int, experts: list[int]) -> None:
-        """Read these ahead, before anything is known."""
+    def expect(self, layer: int, experts: list[int], guess: bool = False) -> None:
+        """Read these ahead. guess: they may be the wrong ones, which the statistics will say."""
         with self._changed:
-            self._expect(layer, experts, False)
+            self._guess = guess
+            for unit in self._guessed:
+                unit.expected = False
+            self._guessed = [self._experts[layer, expert] for expert in experts]
+            for unit in self._guessed:
+                unit.expected = True
             self._changed.notify_all()
+
+    def full(self) -> bool:
+        """Whether the readers are done: as many experts as the memory holds are there, and nothing is asked for."""
+        with self._changed:
+            return self._stopped or not self._flying and self._to_fill() is None
 
     def _plan(self, layer: int, units: list[Unit], guesses: list[int]) -> None:
         stats, self._layer = self.stats, layer
@@ -179,16 +189,7 @@ class Residency:
             stats.hits += unit.ready
             stats.misses += not unit.ready
         self._wanted = sorted((unit for unit in units if not unit.ready), key=lambda unit: unit.memory is None)  # begun ones first
-        self._expect(layer + 1, guesses if self.guessing else [], True)
-        self._changed.notify_all()
-
-    def _expect(self, layer: int, experts: list[int], guess: bool) -> None:
-        self._guess = guess
-        for unit in self._guessed:
-            unit.expected = False
-        self._guessed = [self._experts[layer, expert] for expert in experts]
-        for unit in self._guessed:
-            unit.expected = True
+        self.expect(layer + 1, guesses if self.guessing else [], True)
 
     def _wait(self, units: list[Unit]) -> list[Unit]:
         """Those of the units that are there, at least one."""

@@ -51,13 +51,14 @@ def test_wanted_reads_come_before_guesses_and_those_before_the_rest():
 @pytest.mark.compiled
 @pytest.mark.parametrize("load", ["read", "map"])
 def test_idle_disks_fill_memory_with_whole_experts(monkeypatch, load):
-    """While nothing is asked for, experts are read in the order of the layers, each to its end, until there is no more memory."""
+    """While nothing is asked for, experts are read in the order of the layers, each to its end, until there is no more memory; `load_experts`
+    waits for it."""
     monkeypatch.setattr("npmix.store.residency.PIECE", paging.PAGE)
     with Engine(BUNDLED, context=64, ram="2G", load=load) as engine:
         residency = engine.residency
         residency.affordable = None
         residency.resize(5)
-        assert until(lambda: residency._ready == 5)
+        engine.load_experts()
         ready = [(unit.layer, unit.expert) for unit in residency._experts.values() if unit.ready]
         begun = [unit for unit in residency._experts.values() if unit.memory]
     assert len(ready) == len(begun) == 5
