@@ -253,7 +253,8 @@ class Residency:
                 if unit.memory or self._room(True) and self._give(unit):
                     unit.ahead = self._guess
                     return self._piece(unit)
-        return self._piece(unit) if (unit := self._to_fill()) else None
+        self._filling = unit = self._to_fill()
+        return self._piece(unit) if unit and (unit.memory or self._give(unit)) else None
 
     def _to_fill(self) -> Unit | None:
         """What to read where nothing is asked for: experts in the order of the layers, one after the other, while there is memory."""
@@ -263,8 +264,7 @@ class Residency:
         all_fit = self.stats.capacity == len(self._experts) > self._ready  # then what a guess began is wanted too
         for unit in self._experts.values() if room or all_fit else ():
             if unit.asked < unit.nbytes and not unit.error and (all_fit or not unit.memory):
-                self._filling = unit
-                return unit if unit.memory or self._give(unit) else None
+                return unit
         return None
 
     def _piece(self, unit: Unit) -> tuple[Unit, int, int]:
