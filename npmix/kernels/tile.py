@@ -145,7 +145,7 @@ class _PackedLoops:
                     self.chunk(places, inputs, builder.add(builder.mul(index, const_i64(self.unroll)), const_i64(i)))
         scale_at = builder.add(span, builder.mul(half, const_i64(32)))
         w_scale = [emit_load_f16(builder, builder.add(b, scale_at)) for b in self.rows]
-        less = [emit_less(builder, scale) for scale in w_scale]
+        less = [emit_less(builder, scale) if self.group > CHUNK else None for scale in w_scale]
         x_at = builder.add(self.scales, builder.mul(g, const_i64(4 * self.height)))
         for r, t in self.cells:
             exact = functools.reduce(builder.add, [builder.load(self.part[(r, t), k]) for k in range(self.chains)])
