@@ -122,6 +122,24 @@ def test_goal_and_table(width, bits, kl, nll, met):
     assert json.loads(json.dumps(found))["llamacpp"]["bits"] == 4.5
 
 
+@pytest.mark.parametrize("more, met", [(0.0003, True), (0.0006, False)])
+def test_a_perplexity_is_higher_beyond_doubt_only(more, met):
+    """Losses of windows that differ by 0.002 either way (error 0.002 / sqrt(99)): a mean of 0.0003 more may be chance, 0.0006 is not."""
+    common = np.ones((100, 2))
+    chance = 0.002 * np.where(np.arange(100) % 2, 1, -1)[:, None]
+    theirs = side(common, common, 4.5, "Q4_K")
+    assert tool.row("q4", False, side(0.5 * common, common + more + chance), theirs)["met"] is met
+
+
+def test_texts_of_their_own():
+    """What is measured on, by default, is no part of what is calibrated on, nor of the bundled model's training."""
+    given = tool.arguments().parse_args([])
+    assert given.text is None and given.calibration.name == "heldout.txt"
+    modules = tool.other_modules()
+    assert len(modules) > 4 * given.calibration.stat().st_size
+    assert not any(line in modules for line in given.calibration.read_text(encoding="utf-8").splitlines() if len(line) > 78)
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="needs matplotlib: pip install '.[compare]'")
 def test_plot(tmp_path):
     """The plot is a PNG."""
