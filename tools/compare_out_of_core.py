@@ -8,7 +8,8 @@ One hard fact: the model is synthetic: all of Mixtral-8x7B's shapes, random weig
 routing (`make_checkpoint.py`); so no text is worth reading, and no expert is used more than another, as it would be in a trained model.
 
 Per limit, and each from a cold cache: the disk's sequential rate, llama.cpp with the fastest of its settings that load, npmix with guessing,
-npmix without, the disk again. Random token ids are fed one by one, as llama-bench does. What is printed:
+npmix without, the disk again. Random token ids are fed one by one, as llama-bench does. --disk-rate
+holds the disk to fewer bytes a second, for both programs, as another machine's might be. What is printed:
 
     tok/s       of the tokens fed, after the program said that it is ready; `loaded` in brackets: the same with loading counted, in which
                 llama.cpp reads its map ahead and npmix the experts that its budget holds (`Engine.load_experts`)
@@ -37,7 +38,7 @@ from disk import evict, sequential_rates  # noqa: E402
 from json_lines import PeerError, Process  # noqa: E402
 from llamacpp_peer import process_seconds, write_gguf  # noqa: E402
 from make_checkpoint import MIXTRAL, PackedSource, make_config  # noqa: E402
-from memory_group import MemoryGroup, NoGroup  # noqa: E402
+from memory_group import MemoryGroup, NoGroup, disk_of  # noqa: E402
 
 from npmix.benchmark import machine, token_ids  # noqa: E402
 from npmix.convert import convert  # noqa: E402
@@ -73,10 +74,13 @@ class Program:
         process.ask("context", positions=max(256, positions), flash=True, ubatch=32, threads=self.threads)
         return seconds
 
-    def run(self, ids: list[int], limit: int, options: dict, patience: float) -> dict:
-        """Feed the ids from a cold start; after `patience` seconds no further ones. Returns what was found, an "error" where it failed."""
+    def run(self, ids: list[int], limit: int, options: dict, patience: float, disk: tuple[str, int] | None = None) -> dict:
+        """Feed the ids from a cold start; after `patience` seconds no further ones. Returns what was found, an "error" where it failed.
+
+        disk: `MemoryGroup`'s.
+        """
         found = {"tokens": [], "logits": [], "options": options, "load_seconds": 0.0, "processor": 0.0, "read": 0}
-        with MemoryGroup("npmix-compare", limit) as group:
+        with MemoryGroup("npmix-compare", limit, disk) as group:
             process = Process(self.python, self.worker, self.needs, group.prefix)
             alarm = threading.Timer(2 * patience + 60, process.kill)
             alarm.start()
@@ -131,6 +135,7 @@ class Comparison:
         self.npmix = Program(sys.executable, "npmix_worker.py", "numpy numba", store, args.threads)
         self.llamacpp = gguf and Program(args.llama_python or sys.executable, "llamacpp_worker.py", "llama-cpp-python", gguf, args.threads)
         self.settings = dict(LLAMACPP)  # those that loaded so far
+        self.disk = (disk_of(self.files[0]), int(args.disk_rate * 1e9)) if args.disk_rate else None
 
     def compile(self, limit: int) -> None:
         """Have npmix's kernels compiled, outside of any limit and of what is timed."""
@@ -143,7 +148,7 @@ class Comparison:
     def cold(self, program: Program, limit: int, options: dict, tokens: int | None = None) -> dict:
         """A run with none of the files in the page cache."""
         stayed, busy, began = evict(self.files), busy_seconds(), time.monotonic()
-        found = program.run(self.ids[:tokens], limit, options, self.args.seconds)
+        found = program.run(self.ids[:tokens], limit, options, self.args.seconds, self.disk)
         others = (busy_seconds() - busy - found["processor"]) / (time.monotonic() - began)
         return {**found, "expert_bytes": self.expert_bytes, "stayed_in_cache": stayed, "other_cores": max(0.0, others)}
 
@@ -174,6 +179,8 @@ class Comparison:
             say(f"  npmix, {name}: {in_words(row[name])}")
             row["disk"].append(sequential_rates(self.store_files))
         row["disk_rate"] = statistics.median(max(rates.values()) for rates in row["disk"])
+        if self.disk:
+            row["disk_rate"] = min(row["disk_rate"], self.disk[1])
         return row
 
 
@@ -322,6 +329,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--limits", default="22,14,8,4", metavar="A,B", help="of memory in GiB, the largest first (default 22,14,8,4)")
     parser.add_argument("--tokens", type=int, default=32, metavar="N", help="default 32")
     parser.add_argument("--seconds", type=float, default=300, metavar="S", help="after which a run gets no further tokens (default 300)")
+    parser.add_argument("--disk-rate", type=float, metavar="GB/S", help="hold the disk to so many GB a second for both programs")
     parser.add_argument("--turns", type=int, default=1, metavar="N", help="of all limits (default 1)")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="of both programs (default 2)")
     parser.add_argument("--load", choices=("map", "read"), help="how npmix holds experts; default: its own")

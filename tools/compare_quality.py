@@ -7,10 +7,10 @@ One hard fact: only the experts differ. Embeddings, head and attention are q8 on
 keys and values too, and both are held against one set of float32 log-probabilities that transformers computed.
 
 The text is cut as llama.cpp's perplexity tool cuts it (windows of 512, second half scored). Errors are paired: of the differences, window by
-window (a window's positions are not independent, windows nearly are). Calibration: `npmix calibrate` on another text; llama.cpp gets the same
-mean squares as its importance matrix. Measured is on the larger piece of text that the bundled model's training did not have, calibrated on the smaller,
-since errors shrink with the text: between two good roundings a perplexity differs by less than the chance of the windows, so it counts as
-higher from DOUBT of its own standard errors on. First both run without rounding, which must give the base's probabilities: else they are not the same model.
+window (a window's positions are not independent, windows nearly are). Measured is on the larger piece of what the bundled model's training did
+not have, calibrated on the smaller: two good roundings differ in perplexity by less than the chance of a few windows, so one counts as higher
+only from DOUBT of its own errors on. Calibration: `npmix calibrate`; llama.cpp gets the same mean squares as its importance matrix. First both
+run without rounding, which must give the base's probabilities: else they are not the same model.
 DIR keeps what was computed of the base and of llama.cpp, and is used again for the same checkpoint, text and settings only.
 """
 
@@ -107,9 +107,7 @@ def row(width: str, calibrated: bool, ours: Side, theirs: Side) -> dict:
     """One line of the table, with whether the goal is met."""
     found = {"width": width, "calibrated": calibrated, "npmix": ours.figures(), "llamacpp": theirs.figures(), **paired(ours, theirs)}
     doubt = DOUBT * np.nan_to_num(found["perplexity_ratio_error"])
-    found["met"] = bool(
-        ours.bits <= theirs.bits and found["kl_ratio"] <= GOALS.get(width, GOAL) and found["perplexity_ratio"] <= 1 + doubt
-    )
+    found["met"] = bool(ours.bits <= theirs.bits and found["kl_ratio"] <= GOALS.get(width, GOAL) and found["perplexity_ratio"] <= 1 + doubt)
     return found
 
 

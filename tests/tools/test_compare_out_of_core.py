@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -67,6 +69,34 @@ def test_groups_of_both_versions(tmp_path, monkeypatch, version, limit, most):
     (group.path / most).write_text("999\n")
     assert group.peak() == 999 and str(group.path) in group.prefix
     assert ("+memory" in (root / "cgroup.subtree_control").read_text()) == (version == 2)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_slower_disk(tmp_path, monkeypatch, version):
+    """Bytes a second of a device go where the version wants them; the program is put into every group there is."""
+    root = mounted(tmp_path, monkeypatch, version)
+    blkio = tmp_path / "blkio"
+    blkio.mkdir()
+    if version == 1:
+        with (tmp_path / "mounts").open("a") as mounts:
+            mounts.write(f"cgroup {blkio} cgroup rw,blkio 0 0\n")
+    else:
+        (root / "cgroup.controllers").write_text("cpu io memory")
+    group = memory_group.MemoryGroup("test", 12345, ("254:0", 1000))
+    if version == 1:
+        assert (group.slow / "blkio.throttle.read_bps_device").read_text() == "254:0 1000" and group.slow.parent == blkio
+    else:
+        assert (group.path / "io.max").read_text() == "254:0 rbps=1000" and group.slow is None
+    subprocess.run([*group.prefix, "true"], check=True)
+    procs = [path / "cgroup.procs" for path in ((group.path, group.slow) if version == 1 else (group.path,))]
+    assert len({path.read_text() for path in procs}) == 1 and int(procs[0].read_text()) > 0
+
+
+def test_disk_of_a_file(tmp_path):
+    """A whole disk's numbers, where the system tells a file's disk at all."""
+    if not Path("/sys/dev/block/{}:{}".format(*(f(tmp_path.stat().st_dev) for f in (os.major, os.minor)))).exists():
+        pytest.skip("files here lie on no block device")
+    assert re.fullmatch(r"\d+:\d+", memory_group.disk_of(tmp_path))
 
 
 def test_without_groups_it_says_so(tmp_path, monkeypatch):
