@@ -248,6 +248,8 @@ class Residency:
         for unit in self._wanted:
             if unit.asked < unit.nbytes and not unit.error:
                 return self._piece(unit) if unit.memory or self._room(False) and self._give(unit) else None
+        if self._guess and not self.passing and any(unit.flying for unit in self._guessed):
+            return None  # a piece at a time, since the disk ends what it has begun before it turns to what the router chose
         for unit in self._guessed:
             if unit.asked < unit.nbytes and not unit.error:
                 if unit.memory or self._room(True) and self._give(unit):
@@ -368,10 +370,9 @@ class Residency:
     def _watch(self) -> None:
         """Every now and then: give way to other programs, or take back what they gave."""
         now = self._clock()
-        if self.affordable is None or now - self._watched < WATCH_S:
-            return
-        self._watched = now
-        self.resize(self.affordable())
+        if self.affordable is not None and now - self._watched >= WATCH_S:
+            self._watched = now
+            self.resize(self.affordable())
 
     def resize(self, capacity: int) -> None:
         """Hold at most this many experts, at least one, from now on."""

@@ -43,8 +43,30 @@ def test_wanted_reads_come_before_guesses_and_those_before_the_rest():
         wanted, guessed = residency._experts[1, 6], residency._experts[2, 3]
         with residency._changed:
             residency._plan(1, [wanted], [3])
-        assert [residency._next()[0] for _ in range(3)] == [wanted, guessed, residency._experts[0, 0]]
+        assert [residency._next()[0] for _ in range(2)] == [wanted, guessed]
+        guessed.flying = 0
+        assert residency._next()[0] is residency._experts[0, 0]
         assert residency._next() is None
+        residency.close()
+
+
+def test_a_guess_is_read_a_piece_at_a_time(monkeypatch):
+    """While a piece of a guess is under way no other one is begun, and a wanted expert is at once; what a prompt is sure to need has all readers."""
+    monkeypatch.setattr("npmix.store.residency.PIECE", paging.PAGE)
+    with open_store(BUNDLED) as store:
+        residency = Residency(store)
+        residency.resize(4)
+        guessed, wanted = residency._experts[2, 3], residency._experts[1, 6]
+        with residency._changed:
+            residency._plan(1, [], [3])
+            assert residency._next()[0] is guessed and residency._next() is None
+            residency._wanted = [wanted]
+            assert residency._next()[0] is wanted and residency._next()[0] is wanted
+            residency._wanted = []
+            guessed.flying = 0
+            assert residency._next()[0] is guessed
+            residency.expect(2, [3])
+            assert residency._next()[0] is guessed and residency._next()[0] is guessed
         residency.close()
 
 
@@ -103,7 +125,7 @@ def test_one_expert_in_many_pieces_where_only_one_fits(monkeypatch):
         begun = residency._experts[2, 5]
         with residency._changed:
             residency._plan(1, [], [5])
-            assert residency._next()[0] is begun and residency._next()[0] is begun
+            assert residency._next()[0] is begun
             begun.flying = 0
             residency._plan(2, [residency._experts[2, 1], begun], [])
             assert residency._next()[0] is begun
