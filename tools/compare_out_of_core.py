@@ -343,6 +343,8 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv=None) -> None:
     args = arguments().parse_args(argv)
+    if args.disk_rate is not None and not args.disk_rate > 0:
+        raise SystemExit(f"--disk-rate: {args.disk_rate}, expected gigabytes a second, above 0")
     try:
         limits = sorted((int(float(text) * 1024) << 20 for text in args.limits.split(",")), reverse=True)
         with MemoryGroup("npmix-try", max(limits)) as group:
@@ -365,7 +367,7 @@ def main(argv=None) -> None:
             if args.json:
                 args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
         report(rows, about)
-    except (PeerError, NpmixError) as error:
+    except (PeerError, NpmixError, NoGroup) as error:
         raise SystemExit(f"compare_out_of_core: {error}") from None
     finally:
         if not args.keep:

@@ -39,6 +39,8 @@ def disk_of(path: Path) -> str:
     """ "major:minor" of the whole disk that a file lies on."""
     device = path.stat().st_dev
     found = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
+    if not found.exists():
+        raise NoGroup(f"{path} lies on no disk of its own whose speed could be held")
     return ((found.parent if (found / "partition").exists() else found) / "dev").read_text().strip()
 
 
@@ -52,6 +54,11 @@ class MemoryGroup:
         self.version, root = find_mount()
         self.limit, self.path = limit, root / f"{name}-{os.getpid()}"
         self.slow: Path | None = None  # version 1 has a group of its own for disks
+        if disk and self.version == 1:
+            version, mount = find_mount("blkio")
+            if version != 1:
+                raise NoGroup("memory is controlled by cgroup v1 here and disks by v2: the disk cannot be held")
+            self.slow = mount / self.path.name
         bound, self._most, swap = FILES[self.version]
         try:
             if self.version == 2:
@@ -60,8 +67,12 @@ class MemoryGroup:
                     control.write_text("+memory")
             self.path.mkdir()
             (self.path / bound).write_text(str(limit))
-            if disk:
-                self._slow_down(root, name, *disk)
+            if disk and self.slow:
+                self.slow.mkdir()
+                (self.slow / "blkio.throttle.read_bps_device").write_text("{} {}".format(*disk))
+            elif disk:
+                (root / "cgroup.subtree_control").write_text("+io")
+                (self.path / "io.max").write_text("{} rbps={}".format(*disk))
         except OSError as error:
             self.close()
             raise NoGroup(
@@ -69,15 +80,6 @@ class MemoryGroup:
             ) from None
         with contextlib.suppress(OSError):  # a kernel that counts no swap
             (self.path / swap).write_text(str(limit) if self.version == 1 else "0")
-
-    def _slow_down(self, root: Path, name: str, device: str, rate: int) -> None:
-        if self.version == 2:
-            (root / "cgroup.subtree_control").write_text("+io")
-            (self.path / "io.max").write_text(f"{device} rbps={rate}")
-            return
-        self.slow = find_mount("blkio")[1] / f"{name}-{os.getpid()}"
-        self.slow.mkdir()
-        (self.slow / "blkio.throttle.read_bps_device").write_text(f"{device} {rate}")
 
     @property
     def prefix(self) -> list[str]:

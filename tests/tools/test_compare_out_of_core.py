@@ -93,10 +93,16 @@ def test_a_slower_disk(tmp_path, monkeypatch, version):
 
 
 def test_disk_of_a_file(tmp_path):
-    """A whole disk's numbers, where the system tells a file's disk at all."""
-    if not Path("/sys/dev/block/{}:{}".format(*(f(tmp_path.stat().st_dev) for f in (os.major, os.minor)))).exists():
-        pytest.skip("files here lie on no block device")
-    assert re.fullmatch(r"\d+:\d+", memory_group.disk_of(tmp_path))
+    """A whole disk's numbers, or that there is none."""
+    try:
+        assert re.fullmatch(r"\d+:\d+", memory_group.disk_of(tmp_path))
+    except memory_group.NoGroup as error:
+        assert "no disk of its own" in str(error)
+
+
+def test_a_rate_that_is_none():
+    with pytest.raises(SystemExit, match="--disk-rate: 0.0, expected"):
+        tool.main(["--disk-rate", "0"])
 
 
 def test_without_groups_it_says_so(tmp_path, monkeypatch):
