@@ -19,7 +19,6 @@ import hashlib
 import json
 import math
 import sys
-import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +55,7 @@ def say(text: str) -> None:
 
 def other_modules() -> str:
     """The modules of Python's library that neither the bundled model's training nor the tests' held-out text has."""
-    library = Path(sysconfig.get_path("stdlib"))
+    library = tiny_corpus.default_stdlib()
     names = sorted(tiny_corpus.HELD - set(tiny_corpus.PIECE))
     return "".join((library / name).read_text(encoding="utf-8") for name in names)
 
@@ -295,7 +294,9 @@ def arguments() -> argparse.ArgumentParser:
     data, work = ROOT / "tests" / "data", Path("compare_quality.work")
     parser = argparse.ArgumentParser(description="Compare npmix's quantisation with llama.cpp's at the same bits a weight.")
     parser.add_argument("--checkpoint", type=Path, default=data / "tiny_mixtral", metavar="DIR", help="Hugging Face folder of a Mixtral")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="default: modules of Python's library that no other part of npmix uses")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="default: held-out modules of this Python's library that heldout.txt lacks"
+    )
     parser.add_argument("--calibration", type=Path, default=data / "heldout.txt", metavar="FILE", help="default: the tests' held-out text")
     parser.add_argument("--work", type=Path, default=work, metavar="DIR", help=f"keeps models and base (default {work})")
     known = [width for width in TYPES if width in PACKED]
