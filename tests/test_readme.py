@@ -10,7 +10,7 @@ from npmix import cli
 
 TEXT = readme.README.read_text()
 INSTALL = 'python3 -m venv .venv && . .venv/bin/activate && pip install . && npmix run "def fibonacci(n):"'
-TEST = "python3 -m venv .venv && . .venv/bin/activate && pip install '.[test]' && python -m pytest"
+TEST = "python3 -m venv .venv && . .venv/bin/activate && pip install '.[test]' && python -m pytest -n 2 --dist loadfile"
 
 
 @pytest.mark.compiled
