@@ -198,9 +198,7 @@ def bound(run: dict, disk_rate: float, later: bool = False) -> float:
     if not (stats := run.get("statistics")):
         return 0.0
     before = run["halfway"] if later else {}
-    read, misses, wrong = (stats[key] - before.get(key, 0) for key in ("bytes_read", "misses", "guesses_wrong"))
-    whole = run["expert_bytes"]  # of wrong guesses: some were only begun
-    needed = min(read, max(misses * whole, read - wrong * whole))
+    needed = stats["missed_bytes"] - before.get("missed_bytes", 0)
     return disk_rate * (len(run["tokens"]) - before.get("tokens", 0)) / needed if needed else 0.0
 
 

@@ -132,7 +132,9 @@ def choose_experts(mm, m, layers, layer, part, index, members):
     route(mm, m, layers, layer, row, scratch(m, S_LOGITS, index), experts, experts + 4 * m[N_ACTIVE])
     quantise_row(row, m[DIM], m[GROUP_0 + layers[layer, GATE_SLOT]], act)
     if part == ROUTE and index == 0:
-        guess(mm, m, layers, layer, m[X], row, scratch(m, S_LOGITS, index), m[GUESS])
+        for ahead in range(LAYERS_AHEAD):
+            at = m[GUESS] + 4 * m[N_ACTIVE] * ahead
+            guess(mm, m, layers, layer + 1 + ahead, m[X], row, scratch(m, S_LOGITS, index), at)
 
 
 @njit(inline=True)
@@ -141,13 +143,14 @@ def experts(mm, m, layers, layer, round, part, index, members):
     act, active, experts = scratch(m, S_ACT, index), m[N_ACTIVE], scratch(m, S_CHOICE, index)
     weights = experts + 4 * active
     todo = part // PART if part else active
+    gate_todo, down_todo = todo if part == 0 or part & GATE_UP else 0, todo if part == 0 or part & DOWN else 0
     hidden, down = m[HIDDEN_DIM], layers[layer, DOWN_SLOT]
     units = (hidden + EXPERT_UNIT - 1) // EXPERT_UNIT
     group = m[GROUP_0 + down]
     h_bytes = act_bytes(hidden, group)
     gate, up = scratch(m, S_GATE, index), scratch(m, S_UP, index)
-    runs = todo * units * 3 // 4 // RUN  # each jump to another place in memory costs a microsecond, uneven ends cost more
-    items = todo * units - runs * (RUN - 1)
+    runs = gate_todo * units * 3 // 4 // RUN  # each jump to another place in memory costs a microsecond, uneven ends cost more
+    items = gate_todo * units - runs * (RUN - 1)
     item = take(m, COUNT_GATE, items, round, members)
     while item < items:
         unit = item * RUN if item < runs else item + runs * (RUN - 1)
@@ -161,11 +164,11 @@ def experts(mm, m, layers, layer, round, part, index, members):
             unit += count
         item = take(m, COUNT_GATE, items, round, members)
     end_phase(m, T_GATE_UP, index, members)
-    y_bytes, units = 4 * m[X_WIDTH], (blocks_of(m[DIM]) + UNIT - 1) // UNIT
+    y_bytes, units = 4 * m[X_WIDTH], (blocks_of(m[DIM]) + UNIT - 1) // UNIT if down_todo else 0
     item = take(m, COUNT_DOWN, units, round, members)
     while item < units:
         begin, end = item * UNIT, min(item * UNIT + UNIT, blocks_of(m[DIM]))
-        for i in range(todo):
+        for i in range(down_todo):
             a = get_i32(m[SELECTED] + 4 * i)
             w = layers[layer, EXPERTS + 3 * get_i32(experts + 4 * a) + 2]
             mm(down, w, m[DIM], hidden, begin, end, m[H_ACTS] + a * h_bytes, ONE, m[Y] + a * y_bytes, NONE, NONE)

@@ -160,10 +160,10 @@ def route(mm, m, layers, layer, row, logits, experts, weights):
 
 @njit
 def guess(mm, m, layers, layer, x, row, logits, experts):
-    """The experts of the next layer by its router on this layer's hidden state (Eliseev & Mazur 2023, arXiv 2312.17238)."""
-    if layer + 1 < m[N_LAYERS]:
-        rms_norm(x, layers[layer + 1, FFN_NORM], m[DIM], blocks_of(m[DIM]) * 16, get_f32(m[NUMBERS]), row)
-        route(mm, m, layers, layer + 1, row, logits, experts, experts + 4 * m[CHUNK] * m[N_ACTIVE])
+    """The experts of a later layer by its router on this layer's hidden state (Eliseev & Mazur 2023, arXiv 2312.17238)."""
+    if layer < m[N_LAYERS]:
+        rms_norm(x, layers[layer, FFN_NORM], m[DIM], blocks_of(m[DIM]) * 16, get_f32(m[NUMBERS]), row)
+        route(mm, m, layers, layer, row, logits, experts, experts + 4 * (m[CHUNK] + LAYERS_AHEAD) * m[N_ACTIVE])
 
 
 @njit

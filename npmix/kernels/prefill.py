@@ -197,7 +197,7 @@ def choose_experts(mm, m, layers, layer, tokens, skip, part, index, members):
         if m[OBSERVED_ROWS]:
             keep_row(row, m[DIM], m[OBSERVED_ROWS] + 4 * m[X_WIDTH] * (t - skip))
         if part:
-            guess(mm, m, layers, layer, m[X] + 4 * m[X_WIDTH] * t, row, scratch(m, S_LOGITS, index), m[GUESS] + choice)
+            guess(mm, m, layers, layer + 1, m[X] + 4 * m[X_WIDTH] * t, row, scratch(m, S_LOGITS, index), m[GUESS] + choice)
     end_phase(m, T_ROUTE, index, members)
     if index == 0:
         sort_by_expert(m, (tokens - skip) * active)

@@ -88,7 +88,7 @@ class RunState:
         self._new(t.CLOCKS, (1 + len(t.PHASES),), np.int64)
         self._new(t.STATUS, (2,), np.int64)
         self._new(t.SELECTED, (c.n_experts,), np.int32)[:] = np.arange(c.n_experts)
-        self._new(t.GUESS, (2 * pairs,), np.int32)
+        self._new(t.GUESS, (2, chunk + t.LAYERS_AHEAD, c.n_active), np.int32)
 
     def _scratch(self, c: Config, weights: Weights, chunk: int, members: int) -> None:
         """Each member's own buffers, one after the other, each starting on a cache line."""

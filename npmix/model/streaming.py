@@ -9,7 +9,7 @@ from contextlib import closing
 import numpy as np
 
 from ..kernels import tables as t
-from ..store.residency import Residency
+from ..store.residency import Arrival, Residency
 from .forward import Forward
 from .weights import Weights
 
@@ -50,9 +50,9 @@ class StreamingForward(Forward):
         self._decode_part(token, position, layers, layers, logits)
 
     def _decode_experts(self, token: int, position: int, layer: int, experts: list[int]) -> None:
-        with closing(self.residency.arrive(layer, experts, self._guesses(layer, 0, 1))) as arrivals:
-            for some, last in arrivals:
-                part = self._select([experts.index(expert) for expert in some], last)
+        with closing(self.residency.arrive(layer, experts, self._guesses(layer), halves=True)) as arrivals:
+            for arrival in arrivals:
+                part = self._select([experts.index(expert) for expert in arrival.experts], arrival)
                 self._decode_part(token, position, layer, layer + 1, 0, part)
 
     def _prefill(self, count: int, position: int, layer: int, skip: int) -> None:
@@ -64,16 +64,16 @@ class StreamingForward(Forward):
         pairs = count * c.n_active
         self.residency.passing = pairs >= 32 * c.n_experts and layer + 1 < c.n_layers  # computing takes about as long as reading, or longer
         if layer == 0 and pairs >= 2 * c.n_experts:  # nearly all will be needed
-            self.residency.expect(0, list(range(c.n_experts)))
+            self.residency.expect([(0, expert) for expert in range(c.n_experts)])
         self.residency.check()
         self._prefill_part(count, position, layer, skip, t.ROUTE)
         starts = self.state.array(t.STARTS)
         experts = np.flatnonzero(np.diff(starts)).tolist()
         last_alone = self._wanted in ("last", "none") and layer == c.n_layers - 2  # all that the layer after this one is for
         first = count - 1 if last_alone else 0
-        with closing(self.residency.arrive(layer, experts, self._guesses(layer, first, count))) as arrivals:
-            for some, last in arrivals:
-                self._prefill_part(count, position, layer, skip, self._select(some, last))
+        with closing(self.residency.arrive(layer, experts, self._guesses_for_prompt(layer, first, count))) as arrivals:
+            for arrival in arrivals:
+                self._prefill_part(count, position, layer, skip, self._select(arrival.experts, arrival))
 
     def _head(self, first: int, count: int) -> np.ndarray:
         self.residency.check()
@@ -82,19 +82,23 @@ class StreamingForward(Forward):
     def _select_all(self) -> None:
         self.state.array(t.SELECTED)[:] = self._all
 
-    def _select(self, numbers: list[int], last: bool) -> int:
+    def _select(self, numbers: list[int], arrival: Arrival) -> int:
         """Put down which experts to compute; gives the kernel's word for it."""
         self.state.array(t.SELECTED)[: len(numbers)] = numbers
-        return t.SOME + t.PART * len(numbers) + (t.SUM if last else 0)
+        return t.PART * len(numbers) + t.GATE_UP * arrival.up + t.DOWN * arrival.down + t.SUM * arrival.last
 
-    def _guesses(self, layer: int, first: int, last: int) -> list[int]:
-        """Experts that the next layer's router would choose for tokens first..last of the chunk, the most wanted first."""
+    def _guesses(self, layer: int) -> list[tuple[int, int]]:
+        """What the routers of the next layers would choose for a token: (layer, expert), the nearest first."""
+        chosen = self.state.array(t.GUESS)[0, : min(t.LAYERS_AHEAD, self.config.n_layers - layer - 1)].tolist()
+        return [(layer + 1 + ahead, expert) for ahead, experts in enumerate(chosen) for expert in experts]
+
+    def _guesses_for_prompt(self, layer: int, first: int, last: int) -> list[tuple[int, int]]:
+        """What the next layer's router would choose for tokens first..last of the chunk: (layer, expert), the most wanted first."""
         c = self.config
         if layer + 1 == c.n_layers:
             return []
-        chosen = self.state.array(t.GUESS)[first * c.n_active : last * c.n_active]
-        counts = np.bincount(chosen, minlength=c.n_experts)
-        return [int(e) for e in np.argsort(-counts, kind="stable") if counts[e]]
+        counts = np.bincount(self.state.array(t.GUESS)[0, first:last].ravel(), minlength=c.n_experts)
+        return [(layer + 1, int(e)) for e in np.argsort(-counts, kind="stable") if counts[e]]
 
     def close(self) -> None:
         self.residency.close()

@@ -12,14 +12,16 @@ class DiskStats:
     """Figures of what was read. Bytes are of weights; times in seconds.
 
     bytes_read: from the start on. hits, misses: experts that were, or were not, in memory when the router chose them.
-    guesses_right, guesses_wrong: experts read ahead for a layer that then did, or did not, want them. waited_s,
-    waited_bytes: while computing stood still, and what was read meanwhile. rate: bytes a second of the fastest
-    256 MiB read without a pause. capacity, experts: how many experts the budget holds now, and how many there are.
+    missed_bytes: of the missed ones, and of those that were only there because of a right guess. guesses_right, guesses_wrong:
+    experts read ahead for a layer that then did, or did not, want them. waited_s, waited_bytes: while computing stood
+    still, and what was read meanwhile. rate: bytes a second of the fastest 256 MiB read without a pause. capacity,
+    experts: how many experts the budget holds now, and how many there are.
     """
 
     bytes_read: int = 0
     hits: int = 0
     misses: int = 0
+    missed_bytes: int = 0
     guesses_right: int = 0
     guesses_wrong: int = 0
     waited_s: float = 0.0
@@ -39,7 +41,7 @@ class DiskStats:
     def since(self, before: "DiskStats", so_far: "DiskStats | None" = None) -> "DiskStats":
         """What came after an earlier copy, on top of what was so far; rate, capacity and experts as they are now."""
         new, so_far = self.copy(), so_far or DiskStats()
-        for name in ("bytes_read", "hits", "misses", "guesses_right", "guesses_wrong", "waited_s", "waited_bytes"):
+        for name in ("bytes_read", "hits", "misses", "missed_bytes", "guesses_right", "guesses_wrong", "waited_s", "waited_bytes"):
             setattr(new, name, getattr(self, name) - getattr(before, name) + getattr(so_far, name))
         return new
 

@@ -1,14 +1,13 @@
 """Which experts are in memory: a store's weights under a budget, read by threads of their own.
 
-One hard fact: experts of Mixtral are chosen almost uniformly, so no policy hits much more often than by chance; what counts
-is that the disk is never idle while an expert is missing, and that a read that is needed never waits for a guess.
+One hard fact: what counts is that the disk is never idle while an expert is missing, and that a read that is needed never waits
+for more of a guess than the pieces under way.
 
 An expert is one run of bytes of its layer's file and comes and goes whole. What all tokens need (attention, routers,
 embeddings, output) is read first and stays. When a layer's router has chosen, `arrive` gives its experts as they come;
-behind them, in this order, the disk reads what the next layer's router would choose (Eliseev & Mazur 2023, arXiv
-2312.17238) and, while there is memory that nobody has used, experts in the order of the layers. Who must go: the expert
-that is expected to be needed last, by the layers until its own comes again and by how often it was chosen lately. Long
-prompts use the memory of layers behind again where touching new memory is dear.
+behind them, in this order, the disk reads what the next layers' routers would choose (Eliseev & Mazur 2023, arXiv
+2312.17238) and, while there is memory that nobody has used, experts in the order of the layers. Long prompts use the memory of
+layers behind again where touching new memory is dear.
 """
 
 import contextlib
@@ -17,17 +16,15 @@ import threading
 import time
 from collections.abc import Callable
 
-import numpy as np
-
 from ..errors import EngineError, NpmixError, StoreError
 from ..quant.tensor import Tensor
 from .disk_stats import DiskStats, MemoryPrice
+from .eviction import Eviction
 from .layout import PAGE
 from .paging import BEHIND, PIECE, Copy, Mapped
-from .units import Unit, units_of
+from .units import Arrival, Unit, computable, units_of
 
 READERS = 4
-FADE = 1 / 16  # weight of the latest token in how often an expert is chosen
 STRETCH = 256 << 20  # bytes over which the disk's rate is measured
 WATCH_S = 0.5  # how often the memory that may be used is looked up
 
@@ -36,7 +33,7 @@ class Residency:
     """A store's weights under a budget; stands in for the store where weights are asked for (`config`, `tensor`).
 
     load: "read" copies into memory of our own, "map" uses the pages of the store's maps. guessing: read ahead what the
-    next layer's router would choose.
+    next layers' routers would choose.
     """
 
     def __init__(self, store, load: str = "read", guessing: bool = True, clock=time.monotonic):
@@ -44,7 +41,7 @@ class Residency:
         self.stats = DiskStats()
         self.on_wait: Callable | None = None  # called with the stats some ten times a second while computing stands still
         self.affordable: Callable[[], int] | None = None  # experts that the budget holds now
-        self.placed: Callable[[int, int, int], None] = lambda layer, expert, address: None  # an expert came (or went: 0)
+        self.placed: Callable[[int, int, int], None] = lambda layer, expert, address: None  # an expert gets memory (or has none: 0)
         self._clock, self._pid = clock, os.getpid()
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
@@ -57,13 +54,12 @@ class Residency:
         self._guessed: list[Unit] = []
         self._free: list[Copy] = []
         self._filling: Unit | None = None  # what is read because there is memory that nobody has used
-        self._held = self._ready = self._layer = self._flying = 0
+        self._held = self._ready = self._flying = 0
         self.passing = False  # a long prompt: all experts of a layer are wanted, once, and those behind not soon again
         self._price = MemoryPrice()
         self._stretch = 0.0, 0  # when it began, bytes read at that time
         self._watched = -1e9
-        c = self.config
-        self._chosen = np.full((c.n_layers, c.n_experts), c.n_active / c.n_experts)
+        self._eviction = Eviction(self.config, self._experts)
 
     @property
     def shared_bytes(self) -> int:
@@ -99,10 +95,7 @@ class Residency:
                 unit.pinned, unit.memory = True, unit.memory or self._memory(unit)
             self._wanted = units
             self._start()
-        left = units
-        while left:
-            self._wait(left[:1])
-            left = [unit for unit in left if not unit.ready]
+        self._wait(units, lambda: units if all(unit.ready for unit in units) else [])
         self.stats.waited_s, self.stats.waited_bytes = 0.0, 0
 
     def _start(self) -> None:
@@ -136,35 +129,39 @@ class Residency:
             for file in self._units.files.values():
                 file.check()
 
-    def arrive(self, layer: int, experts: list[int], guesses: list[int]):
-        """The experts of a layer as they come: pairs of (some of them, whether they are the last ones).
+    def arrive(self, layer: int, experts: list[int], guesses: list[tuple[int, int]], halves: bool = False):
+        """The experts of a layer as they come. Each must have been computed with when the next are asked for.
 
-        Each must have been computed with when the next are asked for. guesses: experts of the next layer, the likeliest
-        first. Raises StoreError when one cannot be read; a later call tries again.
+        guesses: (layer, expert) of later layers, the most urgent first. halves: w_gate and w_up may come before w_down.
+        Raises StoreError when one cannot be read; a later call tries again.
         """
         self._watch()
         units = [self._experts[layer, expert] for expert in experts]
         with self._changed:  # what is under way of a read that failed comes first
             self._changed.wait_for(lambda: self._stopped or not any(unit.error and unit.flying for unit in units))
             self._plan(layer, units, guesses)
-        left = units
+        left, begun = units, []
         try:
             while left:
-                ready = self._wait(left)[: max(1, self.stats.capacity // 4)]
-                left = [unit for unit in left if unit not in ready]
+                some = self._wait(left, lambda: computable(left, begun, halves))[: max(1, self.stats.capacity // 4)]
                 self.check()
-                yield [unit.expert for unit in ready], not left
-                self._unpin(ready)
+                up, down = some[0] not in begun, some[0].ready
+                begun += some
+                if down:
+                    left = [unit for unit in left if unit not in some]
+                yield Arrival([unit.expert for unit in some], up, down, not left)
+                if down:
+                    self._unpin(some)
         finally:
             self._unpin(units)
 
-    def expect(self, layer: int, experts: list[int], guess: bool = False) -> None:
-        """Read these ahead. guess: they may be the wrong ones, which the statistics will say."""
+    def expect(self, experts: list[tuple[int, int]], guess: bool = False) -> None:
+        """Read these (layer, expert) ahead. guess: they may be the wrong ones, which the statistics will say."""
         with self._changed:
             self._guess = guess
             for unit in self._guessed:
                 unit.expected = False
-            self._guessed = [self._experts[layer, expert] for expert in experts]
+            self._guessed = [self._experts[pair] for pair in experts]
             for unit in self._guessed:
                 unit.expected = True
             self._changed.notify_all()
@@ -174,35 +171,37 @@ class Residency:
         with self._changed:
             return self._stopped or not self._flying and self._to_fill() is None
 
-    def _plan(self, layer: int, units: list[Unit], guesses: list[int]) -> None:
-        stats, self._layer = self.stats, layer
+    def _plan(self, layer: int, units: list[Unit], guesses: list[tuple[int, int]]) -> None:
+        stats = self.stats
+        self._eviction.note(layer, units)
         for expert in range(self.config.n_experts):
             unit = self._experts[layer, expert]
             chosen = unit in units
-            self._chosen[layer, expert] += (chosen - self._chosen[layer, expert]) * FADE
+            if chosen and (unit.ahead or not unit.ready):
+                stats.missed_bytes += unit.nbytes - unit.kept
             if unit.ahead:
                 stats.guesses_right += chosen
                 stats.guesses_wrong += not chosen
-                unit.ahead = False
+                unit.ahead, unit.kept = False, unit.asked
         for unit in units:
             unit.pinned, unit.error = True, None
             stats.hits += unit.ready
             stats.misses += not unit.ready
         self._wanted = sorted((unit for unit in units if not unit.ready), key=lambda unit: unit.memory is None)  # begun ones first
-        self.expect(layer + 1, guesses if self.guessing else [], True)
+        self.expect(guesses if self.guessing else [], True)
 
-    def _wait(self, units: list[Unit]) -> list[Unit]:
-        """Those of the units that are there, at least one."""
+    def _wait(self, units: list[Unit], here: Callable[[], list[Unit]]) -> list[Unit]:
+        """What is `here` as soon as something is; the units are being waited for."""
         started, before = None, self.stats.bytes_read
         try:
             while True:
                 with self._changed:
-                    ready = [unit for unit in units if unit.ready]
+                    some = here()
                     failed = next((unit.error for unit in units if unit.error), None)
                     if failed:
                         raise failed
-                    if ready:
-                        return ready
+                    if some:
+                        return some
                     if self._stopped:
                         raise EngineError("the model was closed while it waited for the disk")
                     started = self._clock() if started is None else started
@@ -241,15 +240,13 @@ class Residency:
                 error = StoreError(f"cannot read {unit.file.path}: {failure}")
             with self._changed:
                 self._price.add(fresh, time.thread_time() - began, nbytes)
-                self._landed(unit, nbytes, error)
+                self._landed(unit, offset, nbytes, error)
 
     def _next(self) -> tuple[Unit, int, int] | None:
         """The most urgent piece: (unit, offset, bytes)."""
         for unit in self._wanted:
             if unit.asked < unit.nbytes and not unit.error:
                 return self._piece(unit) if unit.memory or self._room(False) and self._give(unit) else None
-        if self._guess and not self.passing and any(unit.flying for unit in self._guessed):
-            return None  # a piece at a time, since the disk ends what it has begun before it turns to what the router chose
         for unit in self._guessed:
             if unit.asked < unit.nbytes and not unit.error:
                 if unit.memory or self._room(True) and self._give(unit):
@@ -278,7 +275,7 @@ class Residency:
         self._flying += 1
         return unit, offset, nbytes
 
-    def _landed(self, unit: Unit, nbytes: int, error: NpmixError | None) -> None:
+    def _landed(self, unit: Unit, offset: int, nbytes: int, error: NpmixError | None) -> None:
         unit.flying -= 1
         self._flying -= 1
         unit.error = unit.error or error
@@ -286,14 +283,14 @@ class Residency:
             if unit.flying == 0 and unit.layer >= 0:
                 self._evict(unit)
         else:
-            unit.landed += nbytes
+            unit.land(offset, nbytes)
             self.stats.bytes_read += nbytes
             self._measure()
             if unit.ready and unit.layer >= 0:
                 self._ready += 1
-                self.placed(unit.layer, unit.expert, unit.memory.address)
                 self._forget_behind(unit)
-        self._changed.notify_all()
+        if unit.error or unit.flying == 0 or unit.there >= unit.head:  # else nobody can go on: a thousand wakes a second
+            self._changed.notify_all()
 
     def _measure(self) -> None:
         start, before = self._stretch
@@ -318,6 +315,7 @@ class Residency:
             self.stats.capacity = max(1, self._held)
             return False
         self._held += 1
+        self.placed(unit.layer, unit.expert, unit.memory.address)
         return True
 
     def _spares_memory(self) -> bool:
@@ -332,28 +330,15 @@ class Residency:
             self._evict(victim)
         return victim is not None or not full
 
-    def _victim(self, guess: bool) -> Unit | None:
-        """The expert expected to be needed last, layers being the measure of time; one that is half there goes first."""
-        best, worst = None, -1.0
-        layers = self.config.n_layers
-        for unit in self._experts.values():
-            if unit.memory is None or unit.pinned or unit.flying or self._whole or guess and unit.expected:
-                continue
-            when = (unit.layer - self._layer - 1) % layers + 1
-            if not self.passing:  # then all experts of a layer are wanted
-                when += layers * (1 / max(self._chosen[unit.layer, unit.expert], 1e-3) - 1)
-            when = (0.0 if unit.expected else when) if unit.ready else 1e9 - unit.expected
-            if when > worst:
-                best, worst = unit, when
-        return best
+    def _victim(self, keep_expected: bool) -> Unit | None:
+        return None if self._whole else self._eviction.victim(keep_expected, self.passing)
 
     def _evict(self, unit: Unit) -> None:
-        whole = unit.ready
+        whole, memory = unit.ready, unit.memory
         self._ready -= whole
         self._held -= 1
-        if whole:
-            self.placed(unit.layer, unit.expert, 0)
-        memory, unit.memory, unit.asked, unit.landed, unit.ahead = unit.memory, None, 0, 0, False
+        self.placed(unit.layer, unit.expert, 0)
+        unit.leave()
         if isinstance(memory, Mapped):
             memory.release(unit.file, unit.start, unit.nbytes)
         elif self._held < self.stats.capacity:

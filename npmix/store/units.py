@@ -4,6 +4,7 @@ One hard fact: the layout puts an expert on pages of its own (`layout.py`), so a
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..errors import NpmixError, StoreError
 from .layout import PAGE
@@ -13,17 +14,48 @@ from .paging import Copy, Mapped, PlannedFile
 class Unit:
     """A run of bytes of one file that comes as a whole: an expert, or what all tokens need of a file."""
 
-    def __init__(self, layer: int, expert: int, file: PlannedFile, start: int, end: int):
+    def __init__(self, layer: int, expert: int, file: PlannedFile, start: int, end: int, head: int):
         self.layer, self.expert, self.file, self.start, self.nbytes = layer, expert, file, start, end - start
+        self.head = head - start  # bytes that are enough for an expert's w_gate and w_up
         self.memory: Copy | Mapped | None = None
-        self.asked = self.landed = 0  # bytes of the pieces given to readers, and of those that are there
+        self.asked = self.there = 0  # bytes from the start that are given to readers, and that are there
+        self.kept = 0  # bytes of them read for a guess that was wrong
+        self._apart: dict[int, int] = {}  # pieces that came before earlier ones
         self.flying = 0  # pieces being read
         self.pinned = self.expected = self.ahead = False  # ahead: read because of a guess
         self.error: NpmixError | None = None
 
     @property
     def ready(self) -> bool:
-        return self.landed >= self.nbytes
+        return self.there >= self.nbytes
+
+    def land(self, offset: int, nbytes: int) -> None:
+        """A piece is there."""
+        self._apart[offset] = nbytes
+        while self.there in self._apart:
+            self.there += self._apart.pop(self.there)
+
+    def leave(self) -> None:
+        """Nothing is there any more."""
+        self.memory, self.asked, self.there, self.kept, self.ahead = None, 0, 0, 0, False
+        self._apart.clear()
+
+
+class Arrival(NamedTuple):
+    """Experts of a layer that are there: their w_gate and w_up if `up`, their w_down if `down`. last: none comes after them."""
+
+    experts: list[int]
+    up: bool
+    down: bool
+    last: bool
+
+
+def computable(left: list[Unit], begun: list[Unit], halves: bool) -> list[Unit]:
+    """What can be computed with next: experts that are there, those begun or those not, else the first half of one."""
+    there = [unit for unit in left if unit.ready]
+    if there or not halves:
+        return [unit for unit in there if (unit in begun) == (there[0] in begun)]
+    return [unit for unit in left if unit.there >= unit.head and unit not in begun][:1]
 
 
 @dataclass
@@ -44,20 +76,24 @@ class Units:
 def units_of(store) -> Units:
     """The units of a `Store`, its files open. StoreError for files whose weights lie in another order."""
     extents = {name: store.extent(name) for name in store.config.tensor_shapes()}
-    runs: dict[tuple, list[int]] = {}  # (file, layer, expert), -1 for what is shared: beginnings and ends
+    runs: dict[tuple, list[tuple]] = {}  # (file, layer, expert), -1 for what is shared: beginnings, ends and names
     for name, (file, start, nbytes) in extents.items():
         parts = name.split(".")
-        runs.setdefault((file, int(parts[1]), int(parts[3])) if len(parts) == 5 else (file, -1, -1), []).extend((start, start + nbytes))
+        run = (file, int(parts[1]), int(parts[3])) if len(parts) == 5 else (file, -1, -1)
+        runs.setdefault(run, []).append((start, start + nbytes, name))
     units = Units(extents, {}, {}, {})
     try:
         end, last = 0, ""
-        for (file, layer, expert), ends in sorted(runs.items(), key=lambda run: (run[0][0], min(run[1]))):
+        for (file, layer, expert), tensors in sorted(runs.items(), key=lambda run: (run[0][0], min(run[1]))):
+            tensors.sort()
+            (start, _, _), (head, beyond, name) = tensors[0], tensors[-1]
             if file not in units.files:
                 units.files[file] = PlannedFile(store.path / file)
-            unit = Unit(layer, expert, units.files[file], min(ends) // PAGE * PAGE, max(ends))
+            head = head if name.endswith(".w_down") else beyond
+            unit = Unit(layer, expert, units.files[file], start // PAGE * PAGE, beyond, head)
             if file == last and unit.start < end:
                 raise StoreError(f"{store.path / file}: an expert does not lie by itself, on pages of its own; convert again")
-            end, last = max(ends), file
+            end, last = beyond, file
             if layer < 0:
                 units.shared[file] = unit
             else:

@@ -9,6 +9,7 @@ from npmix.generate import BUNDLED
 from npmix.store import open_store, paging
 from npmix.store.disk_stats import MemoryPrice
 from npmix.store.residency import Residency
+from npmix.store.units import computable
 
 
 def until(condition):
@@ -24,13 +25,13 @@ def test_what_is_expected_last_goes_first():
     with open_store(BUNDLED) as store:
         residency = Residency(store)
         for unit in residency._experts.values():
-            unit.memory, unit.landed = object(), unit.nbytes
-        residency._layer = 1
+            unit.memory, unit.there = object(), unit.nbytes
+        residency._eviction.note(1, [])
         assert residency._victim(False).layer == 1
         for expert in range(8):
             residency._experts[1, expert].pinned = True
         assert residency._victim(False).layer == 0
-        residency._chosen[3, 5] = 0.1
+        residency._eviction._chosen[3, 5] = 0.1
         assert (residency._victim(False).layer, residency._victim(False).expert) == (3, 5)
         residency.close()
 
@@ -42,7 +43,7 @@ def test_wanted_reads_come_before_guesses_and_those_before_the_rest():
         residency.resize(3)
         wanted, guessed = residency._experts[1, 6], residency._experts[2, 3]
         with residency._changed:
-            residency._plan(1, [wanted], [3])
+            residency._plan(1, [wanted], [(2, 3)])
         assert [residency._next()[0] for _ in range(2)] == [wanted, guessed]
         guessed.flying = 0
         assert residency._next()[0] is residency._experts[0, 0]
@@ -50,23 +51,64 @@ def test_wanted_reads_come_before_guesses_and_those_before_the_rest():
         residency.close()
 
 
-def test_a_guess_is_read_a_piece_at_a_time(monkeypatch):
-    """While a piece of a guess is under way no other one is begun, and a wanted expert is at once; what a prompt is sure to need has all readers."""
+def test_a_wanted_expert_comes_before_more_of_a_guess(monkeypatch):
+    """Guesses have all readers while nothing is wanted, the nearest layer's first; once something is, no further piece of them is begun."""
     monkeypatch.setattr("npmix.store.residency.PIECE", paging.PAGE)
     with open_store(BUNDLED) as store:
         residency = Residency(store)
         residency.resize(4)
-        guessed, wanted = residency._experts[2, 3], residency._experts[1, 6]
+        near, far, wanted = (residency._experts[pair] for pair in ((2, 3), (3, 1), (1, 6)))
         with residency._changed:
-            residency._plan(1, [], [3])
-            assert residency._next()[0] is guessed and residency._next() is None
+            residency._plan(1, [], [(2, 3), (3, 1)])
+            assert residency._next()[0] is near and residency._next()[0] is near
             residency._wanted = [wanted]
             assert residency._next()[0] is wanted and residency._next()[0] is wanted
             residency._wanted = []
-            guessed.flying = 0
-            assert residency._next()[0] is guessed
-            residency.expect(2, [3])
-            assert residency._next()[0] is guessed and residency._next()[0] is guessed
+            near.asked = near.nbytes
+            assert residency._next()[0] is far
+        residency.close()
+
+
+def test_bytes_that_had_to_be_read(monkeypatch):
+    """Missed are the bytes of a chosen expert that was not there, or only because of a guess; not those of a guess that was wrong before."""
+    monkeypatch.setattr("npmix.store.residency.PIECE", paging.PAGE)
+    with open_store(BUNDLED) as store:
+        residency = Residency(store)
+        residency.resize(4)
+        first, second, stats = residency._experts[2, 3], residency._experts[2, 4], residency.stats
+
+        def plan(layer, chosen, guesses=()):
+            before = stats.missed_bytes
+            residency._plan(layer, chosen, guesses)
+            return stats.missed_bytes - before
+
+        with residency._changed:
+            assert plan(1, [], [(2, 3)]) == 0 and residency._next()[0] is first
+            assert plan(2, [second]) == second.nbytes and stats.guesses_wrong == 1
+            assert plan(2, [first]) == first.nbytes - paging.PAGE
+            second.asked = second.there = second.nbytes
+            assert plan(2, [second]) == 0
+            second.ahead = True
+            assert plan(2, [second]) == second.nbytes and stats.guesses_right == 1
+        residency.close()
+
+
+@pytest.mark.parametrize("offsets", [[0, 1, 2, 3], [1, 0, 3, 2], [3, 2, 1, 0]])
+def test_an_expert_s_first_half_is_there_without_gaps(monkeypatch, offsets):
+    """w_gate and w_up can be computed with when every byte before w_down is there, in whatever order the pieces came; then w_down alone."""
+    with open_store(BUNDLED) as store:
+        residency = Residency(store)
+        unit = residency._experts[1, 6]
+        quarter = unit.head // 3
+        for i, offset in enumerate(offsets):
+            early = computable([unit], [], True)
+            assert early == ([unit] if {0, 1, 2} <= set(offsets[:i]) else [])
+            unit.land(quarter * offset, quarter if offset < 3 else unit.nbytes - 3 * quarter)
+        assert unit.ready and computable([unit], [], False) == computable([unit], [unit], True) == [unit]
+        other = residency._experts[1, 7]
+        other.there = other.head
+        assert computable([other], [], False) == computable([other], [other], True) == []
+        assert computable([other, unit], [], True) == [unit]
         residency.close()
 
 
@@ -124,7 +166,7 @@ def test_one_expert_in_many_pieces_where_only_one_fits(monkeypatch):
         residency.resize(1)
         begun = residency._experts[2, 5]
         with residency._changed:
-            residency._plan(1, [], [5])
+            residency._plan(1, [], [(2, 5)])
             assert residency._next()[0] is begun
             begun.flying = 0
             residency._plan(2, [residency._experts[2, 1], begun], [])

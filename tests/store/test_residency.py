@@ -17,6 +17,7 @@ from npmix.engine import Engine
 from npmix.errors import EngineError, InputError, StoreError
 from npmix.generate import BUNDLED
 from npmix.kernels._jit import DISABLED
+from npmix.model.streaming import StreamingForward
 from npmix.store import paging
 from npmix.store import residency as module
 from npmix.store.residency import Residency
@@ -98,6 +99,32 @@ def test_a_kernel_without_populate(opened, expected, monkeypatch):
     """Where madvise knows no MADV_POPULATE_READ, a map's pages come through the page cache: the same bits."""
     monkeypatch.setattr(paging, "_madvise", lambda *_: errno.EINVAL)
     assert same(run(opened(3, load="map")), expected)
+
+
+@pytest.mark.parametrize("load", ["read", "map"])
+def test_half_an_expert_is_computed_while_the_rest_is_read(opened, expected, monkeypatch, load):
+    """In decode w_gate and w_up are computed before w_down is there: the same bits."""
+    monkeypatch.setattr(module, "PIECE", paging.PAGE)
+    memory, halves, computed = paging.Copy if load == "read" else paging.Mapped, [], threading.Event()
+    fetch, select = memory.fetch, StreamingForward._select
+    engine = opened(2, load=load)
+
+    def slow_fetch(self, file, start, offset, nbytes):
+        unit = next((unit for unit in engine.residency._experts.values() if unit.memory is self), None)
+        if engine.position >= PROMPT and unit and unit.pinned and offset >= unit.head:
+            computed.wait(20.0)
+        fetch(self, file, start, offset, nbytes)
+
+    def noting(self, numbers, arrival):
+        if arrival.up and not arrival.down:
+            halves.append(arrival)
+            computed.set()
+        return select(self, numbers, arrival)
+
+    monkeypatch.setattr(memory, "fetch", slow_fetch)
+    monkeypatch.setattr(StreamingForward, "_select", noting)
+    assert same(run(engine), expected)
+    assert halves and not any(arrival.last for arrival in halves)
 
 
 @pytest.mark.compiled

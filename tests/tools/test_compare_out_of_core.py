@@ -130,7 +130,7 @@ def run(*seconds, **more):
     }
 
 
-STATISTICS = {"hits": 30, "misses": 10, "bytes_read": 14 * 10**8, "guesses_right": 6, "guesses_wrong": 4}  # of 100 MB each
+STATISTICS = {"hits": 30, "misses": 10, "missed_bytes": 10**9, "bytes_read": 14 * 10**8, "guesses_right": 6, "guesses_wrong": 4}
 
 
 def test_ratio_is_over_the_tokens_both_came_to(capsys):
@@ -165,8 +165,8 @@ def test_ratio_is_over_the_tokens_both_came_to(capsys):
 
 def test_share_of_the_later_tokens():
     """The second half alone: its own seconds against its own missed bytes; unknown where nobody asked halfway."""
-    halfway = {"tokens": 2, "hits": 5, "misses": 8, "bytes_read": 9 * 10**8, "guesses_right": 0, "guesses_wrong": 1}
-    found = run(5.0, 5.0, 0.5, 0.5, statistics=STATISTICS, halfway=halfway)  # 500 MB and 2 misses later, 3 wrong guesses: 200 MB needed
+    halfway = {"tokens": 2, "hits": 5, "misses": 8, "missed_bytes": 8 * 10**8, "bytes_read": 9 * 10**8}
+    found = run(5.0, 5.0, 0.5, 0.5, statistics=STATISTICS, halfway=halfway)  # 200 MB later
     assert tool.later_share(found, 1e9) == pytest.approx(0.2)
     assert tool.later_share(run(1.0, statistics=STATISTICS), 1e9) is None
 
