@@ -35,7 +35,7 @@ class Engine:
     prefill step. kv: "f16", "f32" or "q8" (8 bits). ram: memory for the whole process ("8G", bytes, a share of what
     the machine has, "auto"), for a packed store; experts that do not fit are read when they are wanted. load: "map" uses
     the pages of the mapped files, "read" copies (the default with `ram`), so that nothing that happens to the files
-    later can matter. guess: read ahead what the next layer will want. Raises NpmixError subclasses for whatever is
+    later can matter. guess: read ahead what the next layers will want. Raises NpmixError subclasses for whatever is
     wrong with them.
     """
 
