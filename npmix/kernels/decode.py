@@ -40,25 +40,6 @@ UNIT = 8  # row blocks of w_down
 HEAD_UNIT = 32  # row blocks of the output matrix
 
 
-@njit(inline=True)
-def decode(mm, embed, attend_block, put_key, put_value, m, layers, token, position, first, last, logits, part, index, members):
-    """Layers first..last of one token; it is embedded when first is 0; `logits`: where to write them, or 0. part: of each layer (`tables.ROUTE`).
-
-    A part finds what the ones before left in the members' scratch, so the same team must run them.
-    """
-    if first == 0 and part <= ROUTE and index == 0:
-        embed(m[EMBEDDINGS], token, m[DIM], m[X], scratch(m, S_PANEL, index))
-    end_phase(m, T_EMBED, index, members)
-    for layer in range(first, last):
-        if part <= ROUTE:
-            attention(mm, attend_block, put_key, put_value, m, layers, layer, layer - first, position, index, members)
-            choose_experts(mm, m, layers, layer, part, index, members)
-        if part != ROUTE:
-            experts(mm, m, layers, layer, layer - first, part, index, members)
-    if logits:
-        head(mm, m, logits, index, members)
-
-
 @njit
 def take(m, counter, items, round, members):
     """The next item of a phase that is gone through once a layer, `items` or more when there is none left.

@@ -1,7 +1,8 @@
-"""The one compiled function that Python calls.
+"""The one compiled function that Python calls: a token through the layers (`decode.py`), a chunk of a prompt through one (`prefill.py`).
 
-One hard fact: decode, prefill and the output head are made of the same products and attention blocks, and
-LLVM's time goes into those; one entry has them compiled once.
+One hard fact: both are made of the same products and attention blocks, and LLVM's time goes into those; one entry has them compiled
+once. Phases are merged into it (`inline`) and hardly into each other: Numba copies all variables of a merged function
+once for each of its blocks, so a chain of merges takes time by the square of its size (3.2 s of 25; flat 1.0).
 """
 
 import functools
@@ -10,12 +11,17 @@ from ..formats import PACKED
 from ._jit import DISABLED, njit
 from .attention import attend
 from .cache import cache_rows
-from .decode import decode
-from .phases import matmul_by_slot, start_clock
-from .prefill import head, prefill
+from .decode import attention as token_attention
+from .decode import choose_experts as token_choice
+from .decode import experts as token_experts
+from .decode import head as token_head
+from .ops import get_i32
+from .phases import end_phase, matmul_by_slot, scratch, start_clock
+from .prefill import attention, attention_output, choose_experts, experts, head, project
 from .proof import prove
 from .rows import embedder
 from .simd import i64
+from .tables import *  # noqa: F403
 
 DECODE, PREFILL, HEAD = range(3)
 
@@ -23,11 +29,13 @@ DECODE, PREFILL, HEAD = range(3)
 @functools.lru_cache(maxsize=None)
 def entry(slots, embeddings, kv):
     """The kernel of a model with these slots (`phases.matmul_by_slot`), embeddings (`rows.embedder`) and KV cache:
-    (work, m, layers, a, b, c, d, e, part, index, members); part: of each layer (`tables.ROUTE`), unused by HEAD.
+    (work, m, layers, a, b, c, d, e, part, index, members); part: of each layer (`tables.ROUTE`). Counters must be 0.
 
-    work DECODE: token, position, first layer, last layer, address of the logits or 0 (`decode.decode`).
-    work PREFILL: tokens, position, layer, skip, unused (`prefill.prefill`).
-    work HEAD: first token, tokens, address of the logits, bytes from one token's to the next's, unused (`prefill.head`).
+    work DECODE: token, position, first layer, last layer, address of the logits or 0. The token is embedded when the first layer is 0.
+    work PREFILL: tokens, position of the first one, layer, skip, unused. Those of layer 0 are embedded.
+    work HEAD: first token, tokens, address of the logits, bytes from one token's to the next's, unused.
+
+    A part finds what the ones before left in the members' scratch, so the same team must run them.
     """
     mm, embed, attend_block = matmul_by_slot(slots), embedder(*embeddings), attend(kv)
     put_key, put_value = cache_rows(kv)
@@ -36,9 +44,32 @@ def entry(slots, embeddings, kv):
     def run(work, m, layers, a, b, c, d, e, part, index, members):
         start_clock(m, index)
         if work == DECODE:
-            decode(mm, embed, attend_block, put_key, put_value, m, layers, a, b, c, d, e, part, index, members)
+            token, position, first, last, logits = a, b, c, d, e
+            if first == 0 and part <= ROUTE and index == 0:
+                embed(m[EMBEDDINGS], token, m[DIM], m[X], scratch(m, S_PANEL, index))
+            end_phase(m, T_EMBED, index, members)
+            for layer in range(first, last):
+                if part <= ROUTE:
+                    token_attention(mm, attend_block, put_key, put_value, m, layers, layer, layer - first, position, index, members)
+                    token_choice(mm, m, layers, layer, part, index, members)
+                if part != ROUTE:
+                    token_experts(mm, m, layers, layer, layer - first, part, index, members)
+            if logits:
+                token_head(mm, m, logits, index, members)
         elif work == PREFILL:
-            prefill(mm, embed, attend_block, put_key, put_value, m, layers, a, b, c, d, part, index, members)
+            tokens, position, layer, skip = a, b, c, d
+            if layer == 0 and part <= ROUTE:
+                for t in range(index, tokens, members):
+                    token, at = get_i32(m[TOKENS] + 4 * t), m[X] + 4 * m[X_WIDTH] * t
+                    embed(m[EMBEDDINGS], token, m[DIM], at, scratch(m, S_PANEL, index))
+                end_phase(m, T_EMBED, index, members)
+            if part <= ROUTE:
+                project(mm, put_key, put_value, m, layers, layer, tokens, position, skip, index, members)
+                attention(attend_block, m, layer, tokens, position, skip, index, members)
+                attention_output(mm, m, layers, layer, tokens, skip, index, members)
+                choose_experts(mm, m, layers, layer, tokens, skip, part, index, members)
+            if part != ROUTE:
+                experts(mm, m, layers, layer, tokens - skip, skip, part, index, members)
         else:
             head(mm, m, a, b, c, d, index, members)
 

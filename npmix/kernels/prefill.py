@@ -43,25 +43,6 @@ QUERY_ROWS = 64  # query rows (tokens x heads of one kv head) a member takes at 
 
 
 @njit(inline=True)
-def prefill(mm, embed, attend_block, put_key, put_value, m, layers, tokens, position, layer, skip, part, index, members):
-    """One layer, or a part of it (`tables.ROUTE`), of the chunk in TOKENS, whose first token stands at `position`. Layer 0 embeds.
-    Counters must be 0.
-    """
-    if layer == 0 and part <= ROUTE:
-        for t in range(index, tokens, members):
-            token, at = get_i32(m[TOKENS] + 4 * t), m[X] + 4 * m[X_WIDTH] * t
-            embed(m[EMBEDDINGS], token, m[DIM], at, scratch(m, S_PANEL, index))
-        end_phase(m, T_EMBED, index, members)
-    if part <= ROUTE:
-        project(mm, put_key, put_value, m, layers, layer, tokens, position, skip, index, members)
-        attention(attend_block, m, layer, tokens, position, skip, index, members)
-        attention_output(mm, m, layers, layer, tokens, skip, index, members)
-        choose_experts(mm, m, layers, layer, tokens, skip, part, index, members)
-    if part != ROUTE:
-        experts(mm, m, layers, layer, tokens - skip, skip, part, index, members)
-
-
-@njit(inline=True)
 def head(mm, m, first, tokens, logits, logits_bytes, index, members):
     """Final norm and output matrix for the chunk's tokens first..first + tokens."""
     slot = m[OUTPUT_SLOT]
