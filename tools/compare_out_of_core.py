@@ -131,7 +131,6 @@ class Comparison:
         self.files = self.store_files + ([gguf] if gguf else [])
         with open_store(store) as opened:
             self.ids = token_ids(args.tokens, opened.config.vocab_size)
-            self.expert_bytes = sum(opened.tensor(f"layers.0.experts.0.{name}").nbytes for name in ("w_gate", "w_up", "w_down"))
         self.npmix = Program(sys.executable, "npmix_worker.py", "numpy numba", store, args.threads)
         self.llamacpp = gguf and Program(args.llama_python or sys.executable, "llamacpp_worker.py", "llama-cpp-python", gguf, args.threads)
         self.settings = dict(LLAMACPP)  # those that loaded so far
@@ -150,7 +149,7 @@ class Comparison:
         stayed, busy, began = evict(self.files), busy_seconds(), time.monotonic()
         found = program.run(self.ids[:tokens], limit, options, self.args.seconds, self.disk)
         others = (busy_seconds() - busy - found["processor"]) / (time.monotonic() - began)
-        return {**found, "expert_bytes": self.expert_bytes, "stayed_in_cache": stayed, "other_cores": max(0.0, others)}
+        return {**found, "stayed_in_cache": stayed, "other_cores": max(0.0, others)}
 
     def best_of_llamacpp(self, limit: int) -> dict:
         """A run with the fastest settings that load; those that do not are not tried with less memory again."""

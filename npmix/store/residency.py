@@ -54,7 +54,7 @@ class Residency:
         self._guessed: list[Unit] = []
         self._free: list[Copy] = []
         self._filling: Unit | None = None  # what is read because there is memory that nobody has used
-        self._held = self._ready = self._flying = 0
+        self._held = self._ready = self._flying = self._calls = 0
         self.passing = False  # a long prompt: all experts of a layer are wanted, once, and those behind not soon again
         self._price = MemoryPrice()
         self._stretch = 0.0, 0  # when it began, bytes read at that time
@@ -173,6 +173,7 @@ class Residency:
 
     def _plan(self, layer: int, units: list[Unit], guesses: list[tuple[int, int]]) -> None:
         stats = self.stats
+        self._calls += 1
         self._eviction.note(layer, units)
         for expert in range(self.config.n_experts):
             unit = self._experts[layer, expert]
@@ -230,7 +231,7 @@ class Residency:
                         self._watch()
                 if self._stopped:
                     return
-                unit, offset, nbytes = piece
+                (unit, offset, nbytes), call = piece, self._calls
             error, fresh, began = None, unit.memory.fresh, time.thread_time()
             try:
                 unit.memory.fetch(unit.file, unit.start, offset, nbytes)
@@ -240,15 +241,15 @@ class Residency:
                 error = StoreError(f"cannot read {unit.file.path}: {failure}")
             with self._changed:
                 self._price.add(fresh, time.thread_time() - began, nbytes)
-                self._landed(unit, offset, nbytes, error)
+                self._landed(unit, offset, nbytes, error, call)
 
     def _next(self) -> tuple[Unit, int, int] | None:
         """The most urgent piece: (unit, offset, bytes)."""
         for unit in self._wanted:
-            if unit.asked < unit.nbytes and not unit.error:
+            if unit.asked < unit.nbytes and not unit.error and not unit.spoiled:
                 return self._piece(unit) if unit.memory or self._room(False) and self._give(unit) else None
         for unit in self._guessed:
-            if unit.asked < unit.nbytes and not unit.error:
+            if unit.asked < unit.nbytes and not unit.error and not unit.spoiled:
                 if unit.memory or self._room(True) and self._give(unit):
                     unit.ahead = self._guess
                     return self._piece(unit)
@@ -275,11 +276,14 @@ class Residency:
         self._flying += 1
         return unit, offset, nbytes
 
-    def _landed(self, unit: Unit, offset: int, nbytes: int, error: NpmixError | None) -> None:
+    def _landed(self, unit: Unit, offset: int, nbytes: int, error: NpmixError | None, call: int) -> None:
         unit.flying -= 1
         self._flying -= 1
-        unit.error = unit.error or error
-        if unit.error:
+        if error and unit.pinned and call != self._calls:
+            unit.spoiled = True  # begun before it was asked for: read again, the disk may be well by now
+        else:
+            unit.error = unit.error or error
+        if unit.error or unit.spoiled:
             if unit.flying == 0 and unit.layer >= 0:
                 self._evict(unit)
         else:

@@ -24,6 +24,7 @@ class Unit:
         self.flying = 0  # pieces being read
         self.pinned = self.expected = self.ahead = False  # ahead: read because of a guess
         self.error: NpmixError | None = None
+        self.spoiled = False  # a piece failed that was begun before the expert was asked for
 
     @property
     def ready(self) -> bool:
@@ -37,7 +38,8 @@ class Unit:
 
     def leave(self) -> None:
         """Nothing is there any more."""
-        self.memory, self.asked, self.there, self.kept, self.ahead = None, 0, 0, 0, False
+        self.memory, self.asked, self.there, self.kept = None, 0, 0, 0
+        self.ahead = self.spoiled = False
         self._apart.clear()
 
 

@@ -5,6 +5,7 @@ import time
 import pytest
 
 from npmix.engine import Engine
+from npmix.errors import StoreError
 from npmix.generate import BUNDLED
 from npmix.store import open_store, paging
 from npmix.store.disk_stats import MemoryPrice
@@ -66,6 +67,25 @@ def test_a_wanted_expert_comes_before_more_of_a_guess(monkeypatch):
             residency._wanted = []
             near.asked = near.nbytes
             assert residency._next()[0] is far
+        residency.close()
+
+
+def test_what_failed_before_it_was_asked_for_is_read_again():
+    """A piece of a guess that fails after the router chose the expert is no error: all of it is read again; if that fails too, it is."""
+    with open_store(BUNDLED) as store:
+        residency = Residency(store)
+        residency.resize(4)
+        unit, failure = residency._experts[2, 3], StoreError("a piece cannot be read")
+        with residency._changed:
+            residency._plan(1, [], [(2, 3)])
+            found, offset, nbytes = residency._next()
+            call = residency._calls
+            residency._plan(2, [unit], [])
+            residency._landed(found, offset, nbytes, failure, call)
+            assert unit.error is None and unit.memory is None and residency._held == 0
+            assert residency._next() == (unit, offset, nbytes)
+            residency._landed(unit, offset, nbytes, failure, residency._calls)
+            assert unit.error is failure
         residency.close()
 
 
