@@ -3,7 +3,7 @@
 One hard fact: decode reads each weight once and does little with it, so a share is a long run of memory.
 What is cheap (norms, router, quantisation of the input) every member does for itself rather than wait for
 another; what is dear is taken in turns from a counter, because two cores of a shared machine are seldom
-equally fast. Counters must be 0 at the start.
+equally fast.
 """
 
 from numpy import float32 as F

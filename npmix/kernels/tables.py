@@ -9,6 +9,8 @@ A slot (0..3) is one of the at most four (format, group) pairs of a model.
 """
 
 SLOTS = 4
+# whose experts decode guesses: 1, 2 and 3 keep a disk of 2.6 GB/s busy 88, 93 and 95 % of the time with half of Mixtral's in memory
+LAYERS_AHEAD = 3
 
 # GROUP_s: inputs per scale of slot s, 0 for a dense one. NUMBERS: float32 norm_eps, query scale.
 (
@@ -28,7 +30,6 @@ OBSERVED_NORMED, OBSERVED_ROWS, OBSERVED_HIDDEN = range(STATUS + 1, STATUS + 4)
 # SELECTED: int32 (N_EXPERTS): which experts (prefill), or which of a token's (decode), to compute. GUESS: int32 (2, CHUNK + LAYERS_AHEAD,
 # N_ACTIVE): the experts that each token of a prompt would choose with the next layer's router, or that one token would choose with those of
 # the next layers; then room for their weights
-LAYERS_AHEAD = 3  # 1, 2 and 3 keep a disk of 2.6 GB/s busy 88, 93 and 95 % of the time with half of Mixtral's experts in memory
 SELECTED, GUESS = range(OBSERVED_HIDDEN + 1, OBSERVED_HIDDEN + 3)
 MACHINE_COLUMNS = GUESS + 1
 

@@ -246,10 +246,10 @@ class Residency:
     def _next(self) -> tuple[Unit, int, int] | None:
         """The most urgent piece: (unit, offset, bytes)."""
         for unit in self._wanted:
-            if unit.asked < unit.nbytes and not unit.error and not unit.spoiled:
+            if unit.unasked:
                 return self._piece(unit) if unit.memory or self._room(False) and self._give(unit) else None
         for unit in self._guessed:
-            if unit.asked < unit.nbytes and not unit.error and not unit.spoiled:
+            if unit.unasked:
                 if unit.memory or self._room(True) and self._give(unit):
                     unit.ahead = self._guess
                     return self._piece(unit)
@@ -259,11 +259,11 @@ class Residency:
     def _to_fill(self) -> Unit | None:
         """What to read where nothing is asked for: experts in the order of the layers, one after the other, while there is memory."""
         unit, room = self._filling, self._held < self.stats.capacity and not self._spares_memory()
-        if unit and unit.memory and unit.asked < unit.nbytes and not unit.error:
+        if unit and unit.memory and unit.unasked:
             return unit
         all_fit = self.stats.capacity == len(self._experts) > self._ready  # then what a guess began is wanted too
         for unit in self._experts.values() if room or all_fit else ():
-            if unit.asked < unit.nbytes and not unit.error and (all_fit or not unit.memory):
+            if unit.unasked and (all_fit or not unit.memory):
                 return unit
         return None
 

@@ -30,6 +30,11 @@ class Unit:
     def ready(self) -> bool:
         return self.there >= self.nbytes
 
+    @property
+    def unasked(self) -> bool:
+        """Whether there is more of it to be asked for."""
+        return self.asked < self.nbytes and not self.error and not self.spoiled
+
     def land(self, offset: int, nbytes: int) -> None:
         """A piece is there."""
         self._apart[offset] = nbytes
