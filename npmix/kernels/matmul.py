@@ -1,8 +1,8 @@
 """Matrix products over row blocks and token tiles, one compiled function per (format, group).
 
-One hard fact: weights are the larger operand, so row blocks are the outer loop: a pair of them stays
-in the cache while every token tile passes over it, and memory is read once. Where several tiles pass, the
-pair is unpacked once, into a panel of plain int8 that stays in the cache; a single tile unpacks in registers.
+One hard fact: weights are the larger operand, so row blocks are the outer loop: they stay in the cache while every
+token tile passes over them, and memory is read once. Where few tiles pass, each unpacks in registers, one row block after
+the other as they lie; where many do, a pair is unpacked once, into a panel of plain int8 that stays in the cache.
 """
 
 import functools
@@ -18,6 +18,9 @@ from .tile import BLOCKS, HEIGHT, dense_tile, packed_tile, singles
 from .unpack import unpack_block
 
 
+# Up to so many tokens a row block is unpacked again for each tile, straight from memory. Codes, tables and sums together do not fit
+# narrower registers.
+FEW = 8 * HEIGHT if cpu.wide_registers() else 1
 NONE = np.int64(0)  # typed: Numba compiles a callee anew for each literal argument
 
 
@@ -54,9 +57,9 @@ def panel_bytes(cols, group):
 
 
 @functools.lru_cache(maxsize=None)
-def _tall(name, group, offset):
-    """A kernel for one tile of 2 to HEIGHT tokens."""
-    t2, t3, t4, t5, t6 = [packed_tile(name, group, BLOCKS, min(h, HEIGHT), offset) for h in range(2, 7)]
+def _tall(name, group, blocks, lowest=2, offset=128):
+    """A kernel for one tile of `lowest` to HEIGHT tokens."""
+    t2, t3, t4, t5, t6 = [packed_tile(name, group, blocks, min(max(lowest, h), HEIGHT), offset) for h in range(2, 7)]
 
     @njit
     def tall(h, w, block_bytes, n_groups, acts, out, out_bytes, next_block):
@@ -75,9 +78,25 @@ def _tall(name, group, offset):
 
 
 @functools.lru_cache(maxsize=None)
+def _row_block(name, group):
+    """A kernel for one row block and all tiles of 2 to FEW tokens."""
+    tall = _tall(name, group, 1)
+
+    @njit
+    def row_block(w, n_groups, acts, token_bytes, tokens, out, out_bytes):
+        tiles = n_tiles(tokens)
+        for i in range(tiles):
+            start = i * tokens // tiles
+            height = (i + 1) * tokens // tiles - start
+            tall(height, w, NONE, n_groups, acts + start * token_bytes, out + start * out_bytes, out_bytes, NONE)
+
+    return row_block
+
+
+@functools.lru_cache(maxsize=None)
 def _pair(name, group, offset=128):
-    """A kernel for BLOCKS row blocks (or, with distances of 0, one done over) and all tiles of 2 or more tokens."""
-    tall = _tall(name, group, offset)
+    """A kernel for BLOCKS row blocks (or, with distances of 0, one done over) and all tiles of more than FEW tokens."""
+    tall = _tall(name, group, BLOCKS, HEIGHT - 1 if FEW > 1 else 2, offset)
 
     @njit
     def pair(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead, ahead_bytes):
@@ -93,24 +112,9 @@ def _pair(name, group, offset=128):
 
 
 @functools.lru_cache(maxsize=None)
-def _pair_by_panel(name, group):
-    """The same for many tokens: the row blocks are unpacked into `panel` first."""
+def _by_panel(name, group):
+    """The same for row blocks that are unpacked into `panel` first; q8 is its own panel."""
     offset, plain = offset_for(PACKED[name].top), span_bytes("q8", group)
-    pair, unpack = _pair("q8", group, offset), unpack_block(name, group, offset)
-
-    @njit
-    def pair_by_panel(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead_bytes, panel):
-        plain_bytes = n_groups // 2 * plain if block_bytes else 0
-        for i in range(BLOCKS if block_bytes else 1):
-            unpack(w + i * block_bytes, n_groups, panel + i * plain_bytes)
-        pair(panel, plain_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, w + BLOCKS * block_bytes, ahead_bytes)
-
-    return pair_by_panel
-
-
-@functools.lru_cache(maxsize=None)
-def _several(name, group):
-    """The same for any number of tokens from 2 on, by the faster of the two ways; q8 is its own panel."""
     if name == "q8":
         pair = _pair(name, group)
 
@@ -119,24 +123,27 @@ def _several(name, group):
             pair(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, NONE, NONE)
 
         return as_they_lie
-    by_panel = _pair_by_panel(name, group)
-    if not cpu.wide_registers():  # codes, table and sums do not fit the registers together
-        return by_panel
-    pair, least = _pair(name, group), 2 * HEIGHT + 1  # fewer tokens are done before a panel would be
+    pair, unpack = _pair("q8", group, offset), unpack_block(name, group, offset)
 
     @njit
-    def several(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead_bytes, panel):
-        if tokens >= least:
-            by_panel(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead_bytes, panel)
-        else:
-            pair(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, NONE, NONE)
+    def by_panel(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead_bytes, panel):
+        plain_bytes = n_groups // 2 * plain if block_bytes else 0
+        for i in range(BLOCKS if block_bytes else 1):
+            unpack(w + i * block_bytes, n_groups, panel + i * plain_bytes)
+        pair(panel, plain_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, w + BLOCKS * block_bytes, ahead_bytes)
 
-    return several
+    return by_panel
+
+
+@njit
+def _never(w, n_groups, acts, token_bytes, tokens, out, out_bytes):
+    """Stands for `_row_block` where no tokens are few."""
 
 
 def _packed(name, group):
-    count, several, whole = singles(name), _several(name, group), span_bytes(name, group)
-    single = packed_tile(name, group, count, 1)
+    count, whole = singles(name), span_bytes(name, group)
+    single, pair = packed_tile(name, group, count, 1), _by_panel(name, group)
+    row_block = _row_block(name, group) if FEW > 1 else _never
 
     @njit
     def packed_matmul(w, rows, cols, first, last, acts, tokens, out, out_bytes, panel):
@@ -148,12 +155,15 @@ def _packed(name, group):
                 single(w + block * block_bytes, block_bytes, n_groups, acts, out + 64 * block, out_bytes, 64)
             for block in range(rest, last):  # the last few one by one, each done `count` times
                 single(w + block * block_bytes, 0, n_groups, acts, out + 64 * block, out_bytes, 0)
-            return
-        for block in range(first, last, BLOCKS):
-            y, at, both = out + 64 * block, w + block * block_bytes, block + BLOCKS <= last  # an odd last block is paired with itself
-            next_bytes, next_block = (block_bytes, 64) if both else (0, 0)
-            ahead = BLOCKS * block_bytes if block + 2 * BLOCKS <= last else 0
-            several(at, next_bytes, n_groups, acts, token_bytes, tokens, y, out_bytes, next_block, ahead, panel)
+        elif tokens <= FEW:
+            for block in range(first, last):
+                row_block(w + block * block_bytes, n_groups, acts, token_bytes, tokens, out + 64 * block, out_bytes)
+        else:
+            for block in range(first, last, BLOCKS):
+                y, at, both = out + 64 * block, w + block * block_bytes, block + BLOCKS <= last  # an odd last block is paired with itself
+                next_bytes, next_block = (block_bytes, 64) if both else (0, 0)
+                ahead = BLOCKS * block_bytes if block + 2 * BLOCKS <= last else 0
+                pair(at, next_bytes, n_groups, acts, token_bytes, tokens, y, out_bytes, next_block, ahead, panel)
 
     return packed_matmul
 

@@ -6,7 +6,7 @@ from kernel_tools import Memory, memory, same_bits
 
 from npmix.formats import DENSE, GROUPS, PACKED
 from npmix.kernels._jit import njit
-from npmix.kernels.matmul import act_bytes, matmul, n_tiles, panel_bytes
+from npmix.kernels.matmul import FEW, act_bytes, matmul, n_tiles, panel_bytes
 from npmix.kernels.phases import matmul_by_slot
 from npmix.kernels.rows import TOPS, put_in_tile, quantise_row
 from npmix.kernels.tile import BLOCKS, HEIGHT, singles
@@ -17,7 +17,7 @@ from npmix.quant.tensor import Tensor
 F = np.float32
 FORMATS = [*((name, group) for name, spec in PACKED.items() for group in spec.groups), *((name, 0) for name in DENSE)]
 WIDE = max(map(singles, PACKED))  # row blocks of the widest tile of one token
-TOKENS = range(1, 31)  # a few tiles in registers, then, past 2 * HEIGHT, panels; tiles of every height either way
+TOKENS = sorted({*range(1, 20), FEW, FEW + 1, FEW + 5, FEW + 13})  # tiles of every height in registers, then panels
 
 
 @njit
@@ -105,7 +105,7 @@ def test_row_blocks_by_range(name, group):
     rows, cols = 16 * (2 * WIDE + 1) - 5, 130  # a number of row blocks that neither the tile of one token nor BLOCKS divides
     tensor, _ = weights(name, group, rows, cols, 5)
     kernel, blocks = matmul(name, group), -(-rows // 16)
-    for tokens in (1, 2, 3, 5, 2 * HEIGHT + 1):
+    for tokens in (1, 2, 3, 5, FEW + 1):
         x = np.random.default_rng(tokens).standard_normal((tokens, cols)).astype(F)
         whole = product(kernel, tensor, x, 0, blocks)
         assert (whole[:, rows : 16 * blocks] == (0 if group else -7)).all() and (whole[:, 16 * blocks :] == -7).all()

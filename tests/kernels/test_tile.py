@@ -24,13 +24,13 @@ def compiled(tile, count):
 
 
 def ends(name):
-    """The lowest and the tallest tile of a format."""
-    return sorted({(singles(name), 1), (BLOCKS, HEIGHT)})
+    """The lowest and the tallest tiles of a format; those of a panel are q8's."""
+    return sorted({(singles(name), 1), (1, HEIGHT), (BLOCKS if name == "q8" else 1, HEIGHT)})
 
 
 def shapes(name):
     """All that are used."""
-    return sorted({*ends(name), *((BLOCKS, h) for h in range(2, HEIGHT))})
+    return sorted({*ends(name), *((1, h) for h in range(2, HEIGHT)), *([(BLOCKS, HEIGHT - 1)] if name == "q8" else [])})
 
 
 def twin(tile):
