@@ -328,11 +328,12 @@ class Residency:
 
     def _room(self, guess: bool) -> bool:
         """Whether there is memory for one more expert, after one has gone if need be."""
-        full = self._held >= self.stats.capacity
-        victim = self._victim(guess or not full) if full or self._spares_memory() else None
+        full, spares = self._held >= self.stats.capacity, self._spares_memory()
+        victim = self._victim(guess or not full) if full or spares else None
         if victim:
             self._evict(victim)
-        return victim is not None or not full
+        enough = guess and spares and self._held >= self.config.n_experts * 3 // 2  # a layer's experts and half of the next one's
+        return victim is not None or not full and not enough
 
     def _victim(self, keep_expected: bool) -> Unit | None:
         return None if self._whole else self._eviction.victim(keep_expected, self.passing)
