@@ -173,6 +173,8 @@ def njit(function=None, *, entry=None, inline=False):
         error_model="numpy",  # no branch for division by zero
         fastmath=False,  # bits must not depend on the compiler's mood; fma is written where it is meant
         inline="always" if inline else "never",
+        no_rewrites=True,  # nothing here is an array expression: two passes less
+        _nrt=False,  # nor allocates: no reference counting to take out again
     )(function)
     if cache is not None:
         dispatcher._cache = cache
