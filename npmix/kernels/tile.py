@@ -70,7 +70,7 @@ def singles(name):
 
 
 def ahead_of(blocks, height):
-    """(bytes, keep): how far ahead a tile's weights are fetched, and into which caches (`simd.prefetch`). None that lies in a panel.
+    """(bytes, keep): how far ahead a tile's weights are fetched, and into which caches (`simd.prefetch`); 0 for what lies in a panel.
 
     Sums of several tokens fill the window in which a processor looks ahead for what it must load: with one stream of weights and
     8 KiB ahead prompts of 16 to 64 tokens take a fifth less time; with two streams, or 1 KiB ahead, more than without.
