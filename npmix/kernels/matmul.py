@@ -113,8 +113,7 @@ def _pair(name, group, offset=128):
 
 @functools.lru_cache(maxsize=None)
 def _by_panel(name, group):
-    """The same for row blocks that are unpacked into `panel` first; q8 is its own panel."""
-    offset, plain = offset_for(PACKED[name].top), span_bytes("q8", group)
+    """The same as `_pair`, the row blocks being unpacked into `panel` first; q8 is its own panel."""
     if name == "q8":
         pair = _pair(name, group)
 
@@ -123,6 +122,7 @@ def _by_panel(name, group):
             pair(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, NONE, NONE)
 
         return as_they_lie
+    offset, plain = offset_for(PACKED[name].top), span_bytes("q8", group)
     pair, unpack = _pair("q8", group, offset), unpack_block(name, group, offset)
 
     @njit
