@@ -73,12 +73,12 @@ def cache_dir() -> Path | None:
 
 
 def _source_hash() -> str:
-    """A hash of what the machine code depends on: kernel sources, versions, the form of the int8 dot, whether to prefetch."""
+    """A hash of what the machine code depends on: kernel sources, versions, the form of the int8 dot, how to prefetch."""
     digest = hashlib.sha256()
     here = Path(__file__).parent
     for file in [here.parent / "formats.py", *sorted(here.glob("*.py"))]:  # constants are compiled in
         digest.update(file.read_bytes())
-    digest.update(repr((numba.__version__, sys.version_info[:2], sys.implementation.cache_tag, cpu.form(), cpu.fetches_ahead())).encode())
+    digest.update(repr((numba.__version__, sys.version_info[:2], sys.implementation.cache_tag, cpu.form(), cpu.prefetching())).encode())
     return digest.hexdigest()[:20]
 
 

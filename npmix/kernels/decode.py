@@ -37,6 +37,7 @@ from .tables import *  # noqa: F403  (the columns)
 
 RUN = 4  # units of w_gate and w_up a member takes at a time, until a quarter of them is left
 UNIT = 8  # row blocks of w_down
+LONGEST = 8  # blocks of positions a member takes at a time, at most
 HEAD_UNIT = 32  # row blocks of the output matrix
 
 
@@ -47,6 +48,15 @@ def take(m, counter, items, round, members):
     Each round takes items + members off the counter: every member finds the end once.
     """
     return atomic_add(m[COUNTERS] + counter, 1) - round * (items + members)
+
+
+@njit
+def stretch(item, runs, length):
+    """(first, end) of what item number `item` stands for: `runs` items of `length` each, then single ones."""
+    if item < runs:
+        return item * length, item * length + length
+    first = item + runs * (length - 1)
+    return first, first + 1
 
 
 @njit(inline=True)
@@ -84,24 +94,29 @@ def attention(mm, attend_block, put_key, put_value, m, layers, layer, round, pos
 
 @njit(inline=True)
 def blocks(attend_block, m, layer, round, position, index, members):
-    """Attention's blocks of positions by kv head, each result in its own place of PARTS."""
+    """Attention's blocks of positions by kv head, each result in its own place of PARTS; runs of blocks until a quarter of them is left."""
     dim, width, capacity = m[HEAD_DIM], m[V_WIDTH], m[CAPACITY]
     shared = m[N_HEADS] // m[N_KV_HEADS]
     oldest = max(0, position - m[WINDOW] + 1) // BLOCK
     count = position // BLOCK - oldest + 1
-    part_bytes, items = 4 * (16 + width), m[N_KV_HEADS] * count
+    part_bytes, units = 4 * (16 + width), m[N_KV_HEADS] * count
+    length = max(1, min(LONGEST, units // (8 * members)))  # a block fetches the next one, so that should be the same member's
+    runs = units * 3 // 4 // length
+    items = units - runs * (length - 1)
     item = take(m, COUNT_ATTENTION, items, round, members)
     while item < items:
-        head, b = item // count, item % count
-        keys, values = keys_of(m, layer, head), values_of(m, layer, head)
-        q = m[Q] + 4 * dim * head * m[CHUNK] * shared
-        for r in range(0, shared, TALLEST):
-            rows = min(TALLEST, shared - r)
-            parts = m[PARTS] + (b * m[N_HEADS] + head * shared + r) * part_bytes
-            start = (oldest + b) * BLOCK
-            scores = scratch(m, S_SCORES, index)
-            at = q + 4 * dim * r
-            attend_block(at, 4 * dim, rows, r, position, shared, m[WINDOW], start, capacity, keys, values, dim, width, scores, parts)
+        first, end = stretch(item, runs, length)
+        for unit in range(first, end):
+            head, b = unit // count, unit % count
+            keys, values = keys_of(m, layer, head), values_of(m, layer, head)
+            q = m[Q] + 4 * dim * head * m[CHUNK] * shared
+            for r in range(0, shared, TALLEST):
+                rows = min(TALLEST, shared - r)
+                parts = m[PARTS] + (b * m[N_HEADS] + head * shared + r) * part_bytes
+                start = (oldest + b) * BLOCK
+                scores = scratch(m, S_SCORES, index)
+                at = q + 4 * dim * r
+                attend_block(at, 4 * dim, rows, r, position, shared, m[WINDOW], start, capacity, keys, values, dim, width, scores, parts)
         item = take(m, COUNT_ATTENTION, items, round, members)
 
 
@@ -134,8 +149,7 @@ def experts(mm, m, layers, layer, round, part, index, members):
     items = gate_todo * units - runs * (RUN - 1)
     item = take(m, COUNT_GATE, items, round, members)
     while item < items:
-        unit = item * RUN if item < runs else item + runs * (RUN - 1)
-        end = unit + (RUN if item < runs else 1)
+        unit, end = stretch(item, runs, RUN)
         while unit < end:
             a, first = get_i32(m[SELECTED] + 4 * (unit // units)), unit % units
             count = min(end - unit, units - first)

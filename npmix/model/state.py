@@ -13,7 +13,7 @@ from ..kernels.attention import BLOCK, TALLEST, scores_bytes
 from ..kernels.decode import RUN
 from ..kernels.matmul import panel_bytes
 from ..kernels.prefill import QUERY_ROWS
-from .kv_cache import KVCache
+from .kv_cache import KVCache, aligned_zeros
 from .reference import rope_angles
 from .weights import Weights
 
@@ -124,11 +124,8 @@ class RunState:
             table[start : start + len(angles), 1] = np.sin(angles)
 
     def _new(self, column: int, shape: tuple[int, ...], dtype) -> np.ndarray:
-        """A zeroed array that starts on a cache line; its address goes into the table."""
-        count = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        raw = np.zeros(count + 64, np.uint8)
-        skip = -raw.__array_interface__["data"][0] % 64
-        array = raw[skip : skip + count].view(dtype).reshape(shape)
+        """A zeroed array whose address goes into the table."""
+        array = aligned_zeros(shape, dtype)
         self._arrays[column] = array
         self.m[column] = array.__array_interface__["data"][0]
         return array

@@ -146,6 +146,25 @@ def test_the_form_follows_the_features(monkeypatch):
         ask()
 
 
+def test_prefetching_follows_the_host(monkeypatch):
+    """AMD's cores change with Zen 5, whatever comes after is taken to be like it, Intel's are all alike, and no ARM was tried."""
+    monkeypatch.setattr(cpu.platform, "machine", lambda: "x86_64")
+    hosts = {
+        "znver1": "none",
+        "znver4": "none",
+        "znver5": "far",
+        "znver10": "far",
+        "bdver4": "none",
+        "cascadelake": "near",
+        "x86-64": "near",
+    }
+    for host, expected in hosts.items():
+        monkeypatch.setattr(cpu.llvm, "get_host_cpu_name", lambda host=host: host)
+        assert cpu.prefetching() == expected, host
+    monkeypatch.setattr(cpu.platform, "machine", lambda: "aarch64")
+    assert cpu.prefetching() == "none"
+
+
 def test_a_distrusted_form_is_not_chosen(monkeypatch):
     """A form that gave wrong results in this process gives way to the plain one."""
     monkeypatch.setattr(cpu, "_wrong", set())

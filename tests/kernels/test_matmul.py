@@ -16,7 +16,7 @@ from npmix.quant.tensor import Tensor
 
 F = np.float32
 FORMATS = [*((name, group) for name, spec in PACKED.items() for group in spec.groups), *((name, 0) for name in DENSE)]
-WIDE = max(map(singles, PACKED))  # row blocks of the widest tile of one token
+WIDE = max(2, *map(singles, PACKED))  # row blocks of the widest tile of one token, but enough to cut
 TOKENS = sorted({*range(1, 20), FEW, FEW + 1, FEW + 5, FEW + 13})  # tiles of every height in registers, then panels
 
 

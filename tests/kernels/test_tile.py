@@ -5,6 +5,7 @@ import pytest
 from kernel_tools import Memory, address, memory, same_bits, ulps
 
 from npmix.formats import PACKED
+from npmix.kernels import cpu
 from npmix.kernels._jit import DISABLED, njit
 from npmix.kernels.dot import FLOAT, SMALL, START
 from npmix.kernels.simd import twin_bf16, twin_fma
@@ -107,6 +108,28 @@ def test_packed_tile_obeys_the_law(name, group):
             before = known[tokens, : 16 * blocks]
             before[np.isnan(before)] = got[np.isnan(before)]
             assert same_bits(got, before)
+
+
+@pytest.mark.compiled
+@pytest.mark.skipif(not cpu.is_x86(), reason="prefetches are named as x86 names them")
+@pytest.mark.parametrize("policy", ["none", "near", "far"])
+def test_what_is_fetched_ahead_changes_no_bits(policy, monkeypatch):
+    """Each host's way to fetch weights gives this host's bits, though it asks for lines far behind the matrix, and is in the machine code;
+    a tile over a panel asks for nothing."""
+    parts, x, x_scale = packed_case("q4", 128, 1, 4, HEIGHT, 11)
+    packed, wide = pack(*parts, "q4", 128), cpu.wide_registers()
+    here = {height: compiled(packed_tile("q4", 128, 1, height), 7) for height in (1, HEIGHT)}
+    monkeypatch.setattr(cpu, "prefetching", lambda: policy)
+    asked = {height for height, asks in ((1, policy != "none"), (HEIGHT, wide)) if asks}
+    for height, known in here.items():
+        run = compiled(packed_tile("q4", 128, 1, height).inner, 7)  # emitted anew
+        acts = acts_of(x[:height], x_scale[:height], 128)
+        got, expected = (run_packed(function, packed, 1, 0, 4, acts, height) for function in (run, known))
+        assert same_bits(got, expected)
+        assert any("prefetcht" in text for text in run.inspect_asm().values()) == (height in asked)
+    panel = compiled(packed_tile("q8", 128, BLOCKS, HEIGHT).inner, 7)
+    run_packed(panel, np.zeros(BLOCKS * 2176 * 2, np.uint8), BLOCKS, 0, 2, acts_of(x[:, :256], x_scale[:, :2], 128), HEIGHT)
+    assert not any("prefetcht" in text for text in panel.inspect_asm().values())
 
 
 def test_a_panel_of_smaller_codes_gives_the_same_bits():
