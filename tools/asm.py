@@ -42,7 +42,7 @@ def kernel(kind: str, args: tuple[str, ...]):
 
     if kind == "packed":
         name, group, blocks, height = args
-        return tile.packed_tile(name, int(group), int(blocks), int(height)), 7
+        return tile.packed_tile(name, int(group), int(blocks), int(height)), 9
     if kind == "dense":
         name, rows, height = args
         return tile.dense_tile(name, int(rows), int(height)), 8

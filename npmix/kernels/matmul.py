@@ -13,14 +13,13 @@ from ..formats import DENSE, PACKED, packed_bytes, span_bytes
 from . import cpu
 from ._jit import njit
 from .dot import offset_for
-from .ops import fetch
-from .tile import BLOCKS, HEIGHT, dense_tile, packed_tile, singles
+from .tile import BLOCKS, FETCHES, HEIGHT, dense_tile, packed_tile, singles
 from .unpack import unpack_block
 
 
 # Up to so many tokens a row block is unpacked again for each tile, straight from memory. Codes, tables and sums together do not fit
 # narrower registers.
-FEW = 8 * HEIGHT if cpu.wide_registers() else 1
+FEW = 5 * HEIGHT if cpu.wide_registers() else 1
 NONE = np.int64(0)  # typed: Numba compiles a callee anew for each literal argument
 
 
@@ -62,17 +61,17 @@ def _tall(name, group, blocks, lowest=2, offset=128):
     t2, t3, t4, t5, t6 = [packed_tile(name, group, blocks, min(max(lowest, h), HEIGHT), offset) for h in range(2, 7)]
 
     @njit
-    def tall(h, w, block_bytes, n_groups, acts, out, out_bytes, next_block):
+    def tall(h, w, block_bytes, n_groups, acts, out, out_bytes, next_block, ahead, ahead_step):
         if h == 2:
-            t2(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
+            t2(w, block_bytes, n_groups, acts, out, out_bytes, next_block, ahead, ahead_step)
         elif h == 3:
-            t3(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
+            t3(w, block_bytes, n_groups, acts, out, out_bytes, next_block, ahead, ahead_step)
         elif h == 4:
-            t4(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
+            t4(w, block_bytes, n_groups, acts, out, out_bytes, next_block, ahead, ahead_step)
         elif h == 5:
-            t5(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
+            t5(w, block_bytes, n_groups, acts, out, out_bytes, next_block, ahead, ahead_step)
         else:
-            t6(w, block_bytes, n_groups, acts, out, out_bytes, next_block)
+            t6(w, block_bytes, n_groups, acts, out, out_bytes, next_block, ahead, ahead_step)
 
     return tall
 
@@ -88,7 +87,7 @@ def _row_block(name, group):
         for i in range(tiles):
             start = i * tokens // tiles
             height = (i + 1) * tokens // tiles - start
-            tall(height, w, NONE, n_groups, acts + start * token_bytes, out + start * out_bytes, out_bytes, NONE)
+            tall(height, w, NONE, n_groups, acts + start * token_bytes, out + start * out_bytes, out_bytes, NONE, NONE, NONE)
 
     return row_block
 
@@ -101,25 +100,28 @@ def _pair(name, group, offset=128):
     @njit
     def pair(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead, ahead_bytes):
         tiles = n_tiles(tokens)
+        step = ahead_bytes // (tiles * n_groups * FETCHES)
         for i in range(tiles):
             start = i * tokens // tiles
-            height = (i + 1) * tokens // tiles - start
-            tall(height, w, block_bytes, n_groups, acts + start * token_bytes, out + start * out_bytes, out_bytes, next_block)
-            if ahead_bytes:
-                fetch(ahead + i * ahead_bytes // tiles // 64 * 64, ahead_bytes // tiles + 64)
+            height, x, y = (i + 1) * tokens // tiles - start, acts + start * token_bytes, out + start * out_bytes
+            tall(height, w, block_bytes, n_groups, x, y, out_bytes, next_block, ahead + i * ahead_bytes // tiles, step)
 
     return pair
 
 
 @functools.lru_cache(maxsize=None)
 def _by_panel(name, group):
-    """The same as `_pair`, the row blocks being unpacked into `panel` first; q8 is its own panel."""
+    """The same as `_pair`, the row blocks being unpacked into `panel` first; q8 is its own panel.
+
+    Meanwhile `ahead_bytes` that follow them are fetched.
+    """
     if name == "q8":
         pair = _pair(name, group)
 
         @njit
         def as_they_lie(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead_bytes, panel):
-            pair(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, NONE, NONE)
+            ahead = w + (BLOCKS * block_bytes if ahead_bytes else 0)
+            pair(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead, ahead_bytes)
 
         return as_they_lie
     offset, plain = offset_for(PACKED[name].top), span_bytes("q8", group)
@@ -130,7 +132,8 @@ def _by_panel(name, group):
         plain_bytes = n_groups // 2 * plain if block_bytes else 0
         for i in range(BLOCKS if block_bytes else 1):
             unpack(w + i * block_bytes, n_groups, panel + i * plain_bytes)
-        pair(panel, plain_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, w + BLOCKS * block_bytes, ahead_bytes)
+        ahead = w + (BLOCKS * block_bytes if ahead_bytes else 0)
+        pair(panel, plain_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead, ahead_bytes)
 
     return by_panel
 
@@ -152,9 +155,9 @@ def _packed(name, group):
         if tokens == 1:
             rest = last - (last - first) % count
             for block in range(first, rest, count):
-                single(w + block * block_bytes, block_bytes, n_groups, acts, out + 64 * block, out_bytes, 64)
+                single(w + block * block_bytes, block_bytes, n_groups, acts, out + 64 * block, out_bytes, 64, NONE, NONE)
             for block in range(rest, last):  # the last few one by one, each done `count` times
-                single(w + block * block_bytes, 0, n_groups, acts, out + 64 * block, out_bytes, 0)
+                single(w + block * block_bytes, 0, n_groups, acts, out + 64 * block, out_bytes, 0, NONE, NONE)
         elif tokens <= FEW:
             for block in range(first, last):
                 row_block(w + block * block_bytes, n_groups, acts, token_bytes, tokens, out + 64 * block, out_bytes)

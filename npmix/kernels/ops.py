@@ -8,7 +8,6 @@ import math
 import time
 
 import numpy as np
-from numba.core import cgutils
 
 from . import cpu
 from .simd import (
@@ -16,7 +15,6 @@ from .simd import (
     I32,
     call,
     const_i32,
-    const_i64,
     const_vector,
     emit_fma,
     emit_load_bf16,
@@ -29,7 +27,6 @@ from .simd import (
     op,
     peek,
     poke,
-    prefetch,
     scalar,
     shuffle,
     splat,
@@ -272,13 +269,6 @@ def atomic_put(b, p, x):
 def ticks(b):
     """The processor's own clock."""
     return call(b, "llvm.readcyclecounter", scalar("i64"))
-
-
-@op(void, (i64, i64), lambda p, n: None)
-def fetch(b, p, n):
-    """Ask for n bytes of memory that will be read soon."""
-    with cgutils.for_range(b, b.udiv(n, const_i64(64)), intp=scalar("i64")) as loop:
-        prefetch(b, b.add(p, b.mul(loop.index, const_i64(64))), keep=2)
 
 
 @op(void, (), lambda: None)

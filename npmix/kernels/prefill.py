@@ -96,7 +96,7 @@ def project(mm, put_key, put_value, m, layers, layer, tokens, position, skip, in
         unit = atomic_add(m[COUNTERS] + COUNT_QKV, 1)
     end_phase(m, T_QKV, index, members)
     temp = scratch(m, S_SCORES, index)
-    for t in range(index, tokens, members):
+    for t in range(tokens * index // members, tokens * (index + 1) // members):  # neighbours' keys share cache lines
         for item in range(0 if t >= skip else m[N_HEADS], m[N_HEADS] + 2 * m[N_KV_HEADS]):
             head_row(m, put_key, put_value, layer, item, m[QKV] + qkv_bytes * t, t, position + t, temp)
     end_phase(m, T_ROPE, index, members)

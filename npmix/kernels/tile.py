@@ -56,6 +56,9 @@ from .unpack import Unpacker, twin_row_block
 # the integer ones from spilling.
 BLOCKS, HEIGHT = (2, 6) if cpu.wide_registers() else (1, 4)
 WHOLE = 99  # all lines of a chunk
+# Lines that a tile over a panel asks for in each group: so many that few tiles, too, ask for nearly all that comes next. Not all at once: what
+# finds no place in its queue Zen 5 forgets.
+FETCHES = 8 if cpu.wide_registers() else 16
 UNROLLED = 128  # dots that are written out rather than looped over, if a chunk of inputs has no more
 
 
@@ -72,6 +75,11 @@ def singles(name):
     return 4 if cpu.is_x86() and cpu.prefetching() != "far" and name in ("q8", "q4") else 1
 
 
+def in_panel(blocks, height):
+    """Whether a tile's weights lie in a panel."""
+    return height > 1 and (blocks > 1 or not cpu.wide_registers())
+
+
 def ahead_of(blocks, height):
     """What a tile asks for beside each chunk: (bytes ahead, into which caches (`simd.prefetch`), lines of a chunk) each; nothing of a panel.
 
@@ -80,7 +88,7 @@ def ahead_of(blocks, height):
     gains with one token too, from fetching into the first cache; a single line of each chunk still further ahead sets off the
     processor's own fetching there.
     """
-    if height > 1 and (blocks > 1 or not cpu.wide_registers()):
+    if in_panel(blocks, height):
         return ()
     if cpu.prefetching() == "far":
         far = 6144 if height == 1 else 12288
@@ -92,28 +100,32 @@ def ahead_of(blocks, height):
 
 @outlined
 def packed_tile(name, group, blocks, height, offset=128):
-    """op(w, block_bytes, n_groups, acts, out, out_bytes, next_block): `blocks` row blocks by `height` tokens of a packed matrix.
+    """op(w, block_bytes, n_groups, acts, out, out_bytes, next_block, ahead, ahead_step): `blocks` row blocks by `height` tokens.
 
     w: address of the first row block, block_bytes apart. out: float32, token t's 16 rows of block r at
     out + t * out_bytes + r * next_block (bytes). With block_bytes and next_block 0 one block is done twice.
+    ahead: what a tile over a panel fetches meanwhile: FETCHES lines a group, ahead_step bytes from one to the next; other tiles ignore it.
     offset: of the codes of a panel (`unpack.unpack_block`); 128 elsewhere.
     """
 
     def emit(builder, *args):
         _PackedLoops(builder, name, group, blocks, height, offset, *args).emit()
 
-    return op(void, (i64,) * 7, _packed_twin(name, group, blocks, height, offset))(emit)
+    return op(void, (i64,) * 9, _packed_twin(name, group, blocks, height, offset))(emit)
 
 
 class _PackedLoops:
     """The loops of one packed tile, being written into a function: groups, their chunks, the vectors of a chunk."""
 
-    def __init__(self, builder, name, group, blocks, height, offset, w, block_bytes, n_groups, acts, out, out_bytes, next_block):
+    def __init__(
+        self, builder, name, group, blocks, height, offset, w, block_bytes, n_groups, acts, out, out_bytes, next_block, ahead, ahead_step
+    ):
         self.builder, self.name, self.group, self.height, self.offset = builder, name, group, height, offset
         self.n_groups, self.acts = n_groups, acts
         self.out, self.out_bytes, self.next_block = out, out_bytes, next_block
         self.cells = [(r, t) for r in range(blocks) for t in range(height)]
         self.ahead = ahead_of(blocks, height)
+        self.next = (ahead, ahead_step) if in_panel(blocks, height) else None
         self.source = Unpacker(builder, name, group)
         self.chains = 4 if len(self.cells) < 3 else 2 if len(self.cells) < 6 else 1  # few cells: split sums, or the dot's latency shows
         self.chunks = group // CHUNK
@@ -150,6 +162,11 @@ class _PackedLoops:
         self.group_at = builder.mul(g, const_i64(span_bytes(self.name, self.group) // 2))
         places = [builder.add(span, place) for place in self.source.places(half)]
         inputs = builder.add(self.acts, builder.mul(g, const_i64(self.group * self.height)))
+        if self.next:
+            ahead, step = self.next
+            for i in range(FETCHES):
+                which = builder.add(builder.mul(g, const_i64(FETCHES)), const_i64(i))
+                prefetch(builder, builder.add(ahead, builder.mul(which, step)), 2)
         start_at = builder.add(self.starts, builder.mul(g, const_i64(4 * self.height)))
         for r, t in self.cells:
             start = emit_dot_start(builder, builder.add(start_at, const_i64(4 * t)), self.offset)
@@ -222,7 +239,7 @@ class _PackedLoops:
 
 
 def _packed_twin(name, group, blocks, height, offset):
-    def twin(w, block_bytes, n_groups, acts, out, out_bytes, next_block):
+    def twin(w, block_bytes, n_groups, acts, out, out_bytes, next_block, ahead, ahead_step):
         codes, w_scale = zip(*(twin_row_block(name, group, w + r * block_bytes, n_groups) for r in range(blocks)))
         codes, w_scale = np.concatenate(codes) + (128 - offset), np.concatenate(w_scale)
         cols = n_groups * group

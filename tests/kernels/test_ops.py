@@ -134,12 +134,6 @@ def _atomics(cell, out):
 
 
 @njit
-def _fetch(p, n, out):
-    ops.fetch(p, n)
-    ops.put_i64(out, ops.get_i64(out) + 1)
-
-
-@njit
 def _largest(n, x, out):
     for i in range(n):
         ops.put_f32(out + 4 * i, ops.max_f32(ops.load_f32(x + 64 * i)))
@@ -285,16 +279,6 @@ def test_atomics():
     cell, out = np.array([7], np.int64), Memory(5, np.int64)
     _atomics(cell.__array_interface__["data"][0], out.at)
     assert out.array.tolist() == [7, 12, -3, -3, -7]
-
-
-def test_fetching_touches_nothing():
-    """Bytes asked for ahead are not changed, whatever their number, and an address where there is no memory does no harm."""
-    given, out = memory(np.arange(4096, dtype=np.uint8)), Memory(1, np.int64, fill=0)
-    places = [(given.at, 0), (given.at, 1), (given.at, 64), (given.at + 1, 4095), (0, 4096), (2**46, 4096)]
-    for place, count in places:
-        _fetch(place, count, out.at)
-    assert out.array[0] == len(places) and given.intact()
-    assert (given.array == np.arange(4096, dtype=np.uint8)).all()
 
 
 def test_largest_lane():

@@ -19,8 +19,8 @@ WIDE = max(BLOCKS, *map(singles, PACKED))  # row blocks of the widest tile
 
 def compiled(tile, count):
     """A tile as a function that Python can call."""
-    if count == 7:
-        return njit(lambda a, b, c, d, e, f, g: tile(a, b, c, d, e, f, g))
+    if count == 9:
+        return njit(lambda a, b, c, d, e, f, g, h, i: tile(a, b, c, d, e, f, g, h, i))
     return njit(lambda a, b, c, d, e, f, g, h: tile(a, b, c, d, e, f, g, h))
 
 
@@ -74,11 +74,11 @@ def packed_law(parts, name, group, x, x_scale):
     return y
 
 
-def run_packed(function, packed, blocks, block_bytes, n_groups, acts, tokens, next_block=64):
+def run_packed(function, packed, blocks, block_bytes, n_groups, acts, tokens, next_block=64, ahead=(0, 64)):
     """Results (tokens, 16 * blocks) with rows of results 32 bytes apart from each other, the gaps untouched."""
     width = 16 * blocks + 8
     out = Memory((tokens, width), F, fill=-7)
-    function(address(packed), block_bytes, n_groups, address(acts), out.at, 4 * width, next_block)
+    function(address(packed), block_bytes, n_groups, address(acts), out.at, 4 * width, next_block, *ahead)
     assert out.intact() and (out.array[:, 16 * blocks :] == -7).all()
     return out.array[:, : 16 * blocks]
 
@@ -97,7 +97,7 @@ def test_packed_tile_obeys_the_law(name, group):
     known = np.full((HEIGHT, 16 * WIDE), np.nan, F)
     for blocks, height in shapes(name) if (name, group) in (("q8", 128), ("q4", 128)) else ends(name):
         tile = packed_tile(name, group, blocks, height)
-        run = compiled(tile, 7)
+        run = compiled(tile, 9)
         for first in range(0, HEIGHT + 1 - height, height):
             tokens = slice(first, first + height)
             acts = acts_of(x[tokens], x_scale[tokens], group)
@@ -114,22 +114,33 @@ def test_packed_tile_obeys_the_law(name, group):
 @pytest.mark.skipif(not cpu.is_x86(), reason="prefetches are named as x86 names them")
 @pytest.mark.parametrize("policy", ["none", "near", "far"])
 def test_what_is_fetched_ahead_changes_no_bits(policy, monkeypatch):
-    """Each host's way to fetch weights gives this host's bits, though it asks for lines far behind the matrix, and is in the machine code;
-    a tile over a panel asks for nothing."""
+    """Each host's way to fetch weights gives this host's bits, though it asks for lines far behind the matrix, and is in the machine code."""
     parts, x, x_scale = packed_case("q4", 128, 1, 4, HEIGHT, 11)
-    packed, wide = pack(*parts, "q4", 128), cpu.wide_registers()
-    here = {height: compiled(packed_tile("q4", 128, 1, height), 7) for height in (1, HEIGHT)}
+    packed = pack(*parts, "q4", 128)
+    here = {height: compiled(packed_tile("q4", 128, 1, height), 9) for height in (1, HEIGHT)}
     monkeypatch.setattr(cpu, "prefetching", lambda: policy)
-    asked = {height for height, asks in ((1, policy != "none"), (HEIGHT, wide)) if asks}
-    for height, known in here.items():
-        run = compiled(packed_tile("q4", 128, 1, height).inner, 7)  # emitted anew
+    for height, asks in (
+        (1, policy != "none"),
+        (HEIGHT, True),
+    ):  # the tall one straight from memory, or over a panel where registers are narrow
+        run = compiled(packed_tile("q4", 128, 1, height).inner, 9)  # emitted anew
         acts = acts_of(x[:height], x_scale[:height], 128)
-        got, expected = (run_packed(function, packed, 1, 0, 4, acts, height) for function in (run, known))
+        got, expected = (run_packed(function, packed, 1, 0, 4, acts, height) for function in (run, here[height]))
         assert same_bits(got, expected)
-        assert any("prefetcht" in text for text in run.inspect_asm().values()) == (height in asked)
-    panel = compiled(packed_tile("q8", 128, BLOCKS, HEIGHT).inner, 7)
-    run_packed(panel, np.zeros(BLOCKS * 2176 * 2, np.uint8), BLOCKS, 0, 2, acts_of(x[:, :256], x_scale[:, :2], 128), HEIGHT)
-    assert not any("prefetcht" in text for text in panel.inspect_asm().values())
+        assert any("prefetcht" in text for text in run.inspect_asm().values()) == asks
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("ahead", [(0, 0), (2**47, 2**40), (-1, -64)])
+def test_what_comes_next_may_lie_anywhere(ahead):
+    """What a tile over a panel fetches for the next one is asked for and never read: there need not be any memory."""
+    parts, x, x_scale = packed_case("q8", 128, BLOCKS, 4, HEIGHT, 9)
+    packed, acts = pack(*parts, "q8", 128), acts_of(x, x_scale, 128)
+    run = compiled(packed_tile("q8", 128, BLOCKS, HEIGHT), 9)
+    known, got = (
+        run_packed(run, packed, BLOCKS, packed.size // BLOCKS, 4, acts, HEIGHT, ahead=to) for to in ((address(packed), 64), ahead)
+    )
+    assert same_bits(got, known)
 
 
 def test_a_panel_of_smaller_codes_gives_the_same_bits():
@@ -140,7 +151,7 @@ def test_a_panel_of_smaller_codes_gives_the_same_bits():
     for offset in (128, SMALL):
         tile = packed_tile("q8", 128, BLOCKS, HEIGHT, offset)
         packed = pack((codes - (128 - offset)).astype(np.uint8), scales, selectors, "q8", 128)
-        for function in (compiled(tile, 7), twin(tile)):
+        for function in (compiled(tile, 9), twin(tile)):
             found.append(run_packed(function, packed, BLOCKS, packed.size // BLOCKS, 4, acts, HEIGHT))
     assert all(ulps(found[0], other) <= 2 for other in found) and same_bits(found[0], found[2])
 
@@ -153,11 +164,11 @@ def test_one_block_done_several_times(name):
     for blocks, height in ends(name):
         parts, x, x_scale = packed_case(name, group, blocks, 2, height, 5)
         packed, acts = pack(*parts, name, group), acts_of(x, x_scale, group)
-        run = compiled(packed_tile(name, group, blocks, height), 7)
+        run = compiled(packed_tile(name, group, blocks, height), 9)
         together = run_packed(run, packed, blocks, packed.size // blocks, 2, acts, height)
         out = Memory((height, 16), F)
         for r in range(blocks):
-            run(address(packed) + r * packed.size // blocks, 0, 2, address(acts), out.at, 64, 0)
+            run(address(packed) + r * packed.size // blocks, 0, 2, address(acts), out.at, 64, 0, address(packed), 64)
             assert out.intact() and same_bits(out.array, together[:, 16 * r : 16 * r + 16])
 
 
@@ -168,7 +179,7 @@ def test_integers_are_exact_at_the_edges(name, group):
     ends = sorted({0, spec.pad, (1 << spec.bits) - 1})
     codes = np.repeat(np.resize(np.array(ends, np.uint8), (16, 1)), 2 * group, axis=1)
     x = np.repeat(np.array([[127], [-127]], np.int8), 2 * group, axis=1)
-    run = compiled(packed_tile(name, group, singles(name), 1), 7)
+    run = compiled(packed_tile(name, group, singles(name), 1), 9)
     for selector in sorted({0, len(spec.multipliers) - 1}):
         selectors = np.full((16, 2 * group // spec.per), selector, np.uint8)
         packed = pack(codes, np.ones((16, 2), np.float16), selectors, name, group)
