@@ -37,7 +37,6 @@ from .tables import *  # noqa: F403  (the columns)
 
 RUN = 4  # units of w_gate and w_up a member takes at a time, until a quarter of them is left
 UNIT = 8  # row blocks of w_down
-LONGEST = 8  # blocks of positions a member takes at a time, at most
 HEAD_UNIT = 32  # row blocks of the output matrix
 
 
@@ -94,14 +93,14 @@ def attention(mm, attend_block, put_key, put_value, m, layers, layer, round, pos
 
 @njit(inline=True)
 def blocks(attend_block, m, layer, round, position, index, members):
-    """Attention's blocks of positions by kv head, each result in its own place of PARTS; runs of blocks until a quarter of them is left."""
+    """Attention's blocks of positions by kv head, each result in its own place of PARTS; runs of blocks until an eighth of them is left."""
     dim, width, capacity = m[HEAD_DIM], m[V_WIDTH], m[CAPACITY]
     shared = m[N_HEADS] // m[N_KV_HEADS]
     oldest = max(0, position - m[WINDOW] + 1) // BLOCK
     count = position // BLOCK - oldest + 1
     part_bytes, units = 4 * (16 + width), m[N_KV_HEADS] * count
-    length = max(1, min(LONGEST, units // (8 * members)))  # a block fetches the next one, so that should be the same member's
-    runs = units * 3 // 4 // length
+    length = max(1, units // (16 * members))  # a block fetches the next one, so that should be the same member's
+    runs = units * 7 // 8 // length
     items = units - runs * (length - 1)
     item = take(m, COUNT_ATTENTION, items, round, members)
     while item < items:
