@@ -163,6 +163,22 @@ def test_runs_of_units_in_decode(models, intermediate, experts):
 
 
 @pytest.mark.compiled
+@pytest.mark.parametrize("kv", ["f16", "q8"])
+def test_runs_of_blocks_in_decode(models, kv):
+    """16 key heads of five blocks of positions, which decode takes in runs that cross from one head to the next: prefill's bits, on any
+    number of threads."""
+    path = models("bf16", num_attention_heads=16, num_key_value_heads=16, head_dim=16, max_position_embeddings=1536)
+    count, last = 1300, 8
+    with Engine(path, threads=1, kv=kv, chunk=512) as engine:
+        ids = random_ids(engine.config.vocab_size, count, seed=6)
+        expected = engine.logits(ids)[-last:]
+    for threads in (1, 2, 3):
+        with Engine(path, threads=threads, kv=kv, chunk=512) as engine:
+            engine.prefill(ids[:-last])
+            assert_equal(np.stack([whole_team(engine).step(id) for id in ids[-last:]]), expected)
+
+
+@pytest.mark.compiled
 @pytest.mark.parametrize("dense", [True, False])
 def test_ring_of_a_sliding_window(models, dense):
     """A ring that has been overwritten many times gives the bits of a cache that never was, in prefill and in decode."""
