@@ -93,14 +93,14 @@ def attention(mm, attend_block, put_key, put_value, m, layers, layer, round, pos
 
 @njit(inline=True)
 def blocks(attend_block, m, layer, round, position, index, members):
-    """Attention's blocks of positions by kv head, each result in its own place of PARTS; runs of blocks until an eighth of them is left."""
+    """Attention's blocks of positions by kv head, each result in its own place of PARTS; runs of blocks until a sixteenth of them is left."""
     dim, width, capacity = m[HEAD_DIM], m[V_WIDTH], m[CAPACITY]
     shared = m[N_HEADS] // m[N_KV_HEADS]
     oldest = max(0, position - m[WINDOW] + 1) // BLOCK
     count = position // BLOCK - oldest + 1
     part_bytes, units = 4 * (16 + width), m[N_KV_HEADS] * count
     length = max(1, units // (16 * members))  # a block fetches the next one, so that should be the same member's
-    runs = units * 7 // 8 // length
+    runs = units * 15 // 16 // length
     items = units - runs * (length - 1)
     item = take(m, COUNT_ATTENTION, items, round, members)
     while item < items:
