@@ -113,15 +113,14 @@ def _pair(name, group, offset=128):
 def _by_panel(name, group):
     """The same as `_pair`, the row blocks being unpacked into `panel` first; q8 is its own panel.
 
-    Meanwhile `ahead_bytes` that follow them are fetched.
+    Meanwhile what follows them is fetched: `ahead_bytes`, as many as they have themselves, or 0.
     """
     if name == "q8":
         pair = _pair(name, group)
 
         @njit
         def as_they_lie(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead_bytes, panel):
-            ahead = w + (BLOCKS * block_bytes if ahead_bytes else 0)
-            pair(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead, ahead_bytes)
+            pair(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, w + ahead_bytes, ahead_bytes)
 
         return as_they_lie
     offset, plain = offset_for(PACKED[name].top), span_bytes("q8", group)
@@ -132,8 +131,7 @@ def _by_panel(name, group):
         plain_bytes = n_groups // 2 * plain if block_bytes else 0
         for i in range(BLOCKS if block_bytes else 1):
             unpack(w + i * block_bytes, n_groups, panel + i * plain_bytes)
-        ahead = w + (BLOCKS * block_bytes if ahead_bytes else 0)
-        pair(panel, plain_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead, ahead_bytes)
+        pair(panel, plain_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, w + ahead_bytes, ahead_bytes)
 
     return by_panel
 

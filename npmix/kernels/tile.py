@@ -55,7 +55,6 @@ from .unpack import Unpacker, twin_row_block
 # are touched once a group and may lie on the stack); where 16 lanes take several registers, 1 x 4 keeps
 # the integer ones from spilling.
 BLOCKS, HEIGHT = (2, 6) if cpu.wide_registers() else (1, 4)
-WHOLE = 99  # all lines of a chunk
 # Lines that a tile over a panel asks for in each group: so many that few tiles, too, ask for nearly all that comes next. Not all at once: what
 # finds no place in its queue Zen 5 forgets.
 FETCHES = 8 if cpu.wide_registers() else 16
@@ -81,8 +80,9 @@ def in_panel(blocks, height):
 
 
 def ahead_of(blocks, height):
-    """What a tile asks for beside each chunk: (bytes ahead, into which caches (`simd.prefetch`), lines of a chunk) each; nothing of a panel.
+    """What a tile asks for beside each chunk, nothing of a panel: (bytes ahead, into which caches, how many lines) each.
 
+    Caches are as in `simd.prefetch`; None lines are all of a chunk's.
     Sums of several tokens fill the window in which a processor looks ahead for what it must load: with one stream of weights and
     8 KiB ahead prompts of 16 to 64 tokens take a fifth less time; with two streams, or 1 KiB ahead, more than without. Zen 5
     gains with one token too, from fetching into the first cache; a single line of each chunk still further ahead sets off the
@@ -92,10 +92,10 @@ def ahead_of(blocks, height):
         return ()
     if cpu.prefetching() == "far":
         far = 6144 if height == 1 else 12288
-        return (far, 3, WHOLE), (far + 4096, 3, 1)
+        return (far, 3, None), (far + 4096, 3, 1)
     if height > 1:
-        return ((8192, 2, WHOLE),)
-    return ((4096, 3, WHOLE),) if cpu.prefetching() == "near" else ()
+        return ((8192, 2, None),)
+    return ((4096, 3, None),) if cpu.prefetching() == "near" else ()
 
 
 @outlined

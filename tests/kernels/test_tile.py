@@ -114,15 +114,13 @@ def test_packed_tile_obeys_the_law(name, group):
 @pytest.mark.skipif(not cpu.is_x86(), reason="prefetches are named as x86 names them")
 @pytest.mark.parametrize("policy", ["none", "near", "far"])
 def test_what_is_fetched_ahead_changes_no_bits(policy, monkeypatch):
-    """Each host's way to fetch weights gives this host's bits, though it asks for lines far behind the matrix, and is in the machine code."""
+    """Each host's way to fetch weights gives this host's bits, though it asks for lines far behind the matrix, and is in the machine code. A
+    tall tile always asks for something: straight from memory, or over a panel where registers are narrow."""
     parts, x, x_scale = packed_case("q4", 128, 1, 4, HEIGHT, 11)
     packed = pack(*parts, "q4", 128)
     here = {height: compiled(packed_tile("q4", 128, 1, height), 9) for height in (1, HEIGHT)}
     monkeypatch.setattr(cpu, "prefetching", lambda: policy)
-    for height, asks in (
-        (1, policy != "none"),
-        (HEIGHT, True),
-    ):  # the tall one straight from memory, or over a panel where registers are narrow
+    for height, asks in ((1, policy != "none"), (HEIGHT, True)):
         run = compiled(packed_tile("q4", 128, 1, height).inner, 9)  # emitted anew
         acts = acts_of(x[:height], x_scale[:height], 128)
         got, expected = (run_packed(function, packed, 1, 0, 4, acts, height) for function in (run, here[height]))
