@@ -8,7 +8,7 @@ Scores are in base 2 (the query carries log2(e) / sqrt(head_dim)): softmax by th
 Milakov & Gimelshein 2018 (arXiv 1805.02867).
 
 In the cache (layout: `model/kv_cache.py`) 64 positions' keys lie side by side, so a score is a chain over head_dim in each lane;
-a position's values are a row, so the output is a chain over positions in each lane. Of 8-bit numbers both are exact integers
+a position's values are rows of 64 lanes, so the output is a chain over positions in each lane. Of 8-bit numbers both are exact integers
 (`digits.py`): a key's scale multiplies its score, a value's scale its weight.
 """
 
@@ -19,7 +19,7 @@ from numba.core import cgutils
 from numpy import float32 as F
 
 from ._jit import njit
-from .cache import BLOCK, CELL, KINDS, STRIP
+from .cache import BLOCK, CELL, COLUMN, KINDS, STRIP
 from .digits import digit_tile, to_digits
 from .outline import outlined
 from .ops import (
@@ -251,20 +251,22 @@ def _attend_plain(kv):
         while r < rows:
             n = 6 if rows - r >= 6 else 4 if rows - r >= 4 else 2 if rows - r >= 2 else 1
             at, to = p + 4 * BLOCK * r, out + r * out_bytes
-            for lane in range(0, width - 63, 64):
-                v = values + lane * size
+            for lane in range(0, width - COLUMN + 1, COLUMN):
+                v, next_v = values + lane * BLOCK * size, ahead + lane * BLOCK * size
                 if n == 6:
-                    v6(at, 4 * BLOCK, v, width, begin, end, to + 4 * lane, out_bytes, ahead + lane * size)
+                    v6(at, 4 * BLOCK, v, COLUMN, begin, end, to + 4 * lane, out_bytes, next_v)
                 elif n == 4:
-                    v4(at, 4 * BLOCK, v, width, begin, end, to + 4 * lane, out_bytes, ahead + lane * size)
+                    v4(at, 4 * BLOCK, v, COLUMN, begin, end, to + 4 * lane, out_bytes, next_v)
                 elif n == 2:
-                    v2(at, 4 * BLOCK, v, width, begin, end, to + 4 * lane, out_bytes, ahead + lane * size)
+                    v2(at, 4 * BLOCK, v, COLUMN, begin, end, to + 4 * lane, out_bytes, next_v)
                 else:
-                    v1(at, 4 * BLOCK, v, width, begin, end, to + 4 * lane, out_bytes, ahead + lane * size)
-            for lane in range(width // 64 * 64, width, 16):  # head_dim is a multiple of 64 in all published models
+                    v1(at, 4 * BLOCK, v, COLUMN, begin, end, to + 4 * lane, out_bytes, next_v)
+            whole = width // COLUMN * COLUMN
+            for lane in range(whole, width, 16):  # head_dim is a multiple of 64 in all published models
+                v = values + (whole * BLOCK + lane - whole) * size
                 for i in range(n):
-                    v, to_lane = values + lane * size, to + i * out_bytes + 4 * lane
-                    tail(at + 4 * BLOCK * i, 4 * BLOCK, v, width, begin, end, to_lane, out_bytes, v)
+                    to_lane = to + i * out_bytes + 4 * lane
+                    tail(at + 4 * BLOCK * i, 4 * BLOCK, v, width - whole, begin, end, to_lane, out_bytes, v)
             r += n
 
     @njit

@@ -34,6 +34,7 @@ from .ops import (
 
 BLOCK = 256  # positions of a block: its merge costs one part in 128 of its work at head_dim 128
 STRIP = 64  # positions that lie side by side in the keys
+COLUMN = 64  # lanes of the values that lie side by side: what a tile takes at once, so that it reads memory in order
 F16_MAX = 65504.0
 CELL = 32  # lanes of 4 codes that lie side by side in 8-bit keys and values: what a tile takes at once
 ZERO = 128  # the 8-bit code that means 0: codes are the unsigned operand of the int8 dot
@@ -93,9 +94,12 @@ def _plain_rows(kv):
 
     @njit
     def put_value(row, dim, width, values, slot, temp):
-        saturated, to = 0, values + size * width * slot
-        for i in range(dim):
-            saturated |= write(get_f32(row + 4 * i), to + size * i)
+        saturated, within = 0, slot % BLOCK
+        for first in range(0, dim, COLUMN):
+            lanes = min(COLUMN, width - first)
+            to = values + size * ((slot - within) * width + first * BLOCK + within * lanes)
+            for i in range(min(lanes, dim - first)):
+                saturated |= write(get_f32(row + 4 * (first + i)), to + size * i)
         return saturated
 
     return put_key, put_value

@@ -3,7 +3,8 @@
 Of each layer and kv head, S positions, a multiple of BLOCK; position p lies at p % S. As float16 ("f16") and float32 ("f32"):
 
     keys    [S / 64][head_dim][64]   64 positions side by side
-    values  [S][V_WIDTH]             head_dim padded to 16
+    values  by blocks of BLOCK positions, columns of 64 lanes of V_WIDTH, which is head_dim padded to 16: [BLOCK][64];
+            what is left of a width that is no multiple of 64 is a narrower column
 
 In 8 bits ("q8"): codes 1..255 that mean code - 128 times a scale of the head and position, max|x| / 127 in float32, so
 head_dim + 4 bytes a row (at 128 52 % of float16's). A row that is not finite has a NaN for a scale. By blocks of BLOCK positions:
@@ -20,7 +21,7 @@ costs nothing until it is used, and a lane that was never written is 0, not NaN.
 import numpy as np
 
 from ..config import Config
-from ..kernels.cache import BLOCK, CELL, KINDS, STRIP, row_bytes
+from ..kernels.cache import BLOCK, CELL, COLUMN, KINDS, STRIP, row_bytes
 
 DTYPES = {"f16": np.float16, "f32": np.float32, "q8": np.uint8}
 PAGE = 4096  # a block of keys or values that starts on a page is read 8 % faster than one that starts on any line (Zen 5, from memory)
@@ -65,7 +66,7 @@ class KVCache:
         if kv == "q8":
             keys, values = block(kv, BLOCK // CELL, dim // 4, CELL, 4), block(kv, self.width // CELL, BLOCK // 4, CELL, 4)
         else:
-            keys, values = block(kv, BLOCK // STRIP, dim, STRIP), block(kv, BLOCK, self.width)
+            keys, values = block(kv, BLOCK // STRIP, dim, STRIP), block(kv, BLOCK * self.width)
         self.keys, self.values = aligned_zeros(shape, keys, PAGE), aligned_zeros(shape, values, PAGE)
 
     def erase(self, position: int, count: int) -> None:
@@ -74,7 +75,14 @@ class KVCache:
         In 8 bits only a scale can be NaN.
         """
         slots = np.arange(position, position + count) % self.capacity
-        self.values["scales" if self.kv == "q8" else "numbers"][:, :, slots // BLOCK, slots % BLOCK] = 0
+        if self.kv == "q8":
+            self.values["scales"][:, :, slots // BLOCK, slots % BLOCK] = 0
+            return
+        numbers = self.values["numbers"]
+        for first in range(0, self.width, COLUMN):
+            lanes = min(COLUMN, self.width - first)
+            column = numbers[..., first * BLOCK : (first + lanes) * BLOCK].reshape(*numbers.shape[:-1], BLOCK, lanes)
+            column[:, :, slots // BLOCK, slots % BLOCK] = 0
 
     @property
     def nbytes(self) -> int:

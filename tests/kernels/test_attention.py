@@ -5,7 +5,7 @@ import pytest
 from kernel_tools import Memory, memory, same_bits
 
 from npmix.kernels.attention import BLOCK, STRIP, TALLEST, attend, clear, finish, merge, scores_bytes, softmax_row
-from npmix.kernels.cache import CELL
+from npmix.kernels.cache import CELL, COLUMN
 from npmix.model import kv_cache
 
 F = np.float32
@@ -27,8 +27,9 @@ class Cache:
             return
         self.width = -(-dim // 16) * 16
         self.keys = Memory((capacity // STRIP, dim, STRIP), KINDS[kv], fill=stale)
-        self.values = Memory((capacity, self.width), KINDS[kv], fill=0)
-        self.values.array[:, :dim] = stale
+        self.values = Memory((capacity // BLOCK, BLOCK * self.width), KINDS[kv], fill=0)
+        for slot in range(capacity):
+            self.values.array[self.places(slot)] = stale
 
     def put(self, position, k, v):
         slot = position % self.capacity
@@ -36,9 +37,15 @@ class Cache:
             self.k[position], self.v[position] = self.put_codes(slot, np.asarray(k, F), np.asarray(v, F))
             return
         self.keys.array[slot // STRIP, :, slot % STRIP] = k
-        self.values.array[slot, : self.dim] = v
+        self.values.array[self.places(slot)] = v
         self.k[position] = self.keys.array[slot // STRIP, :, slot % STRIP].astype(np.float64)
-        self.v[position] = self.values.array[slot, : self.dim].astype(np.float64)
+        self.v[position] = self.values.array[self.places(slot)].astype(np.float64)
+
+    def places(self, slot):
+        """Index of a position's values: 64 lanes of all positions of a block, then the next 64, or as many as are left."""
+        i = np.arange(self.dim)
+        first = i // COLUMN * COLUMN
+        return slot // BLOCK, first * BLOCK + slot % BLOCK * np.minimum(COLUMN, self.width - first) + i - first
 
     def put_codes(self, slot, k, v):
         keys, values, s, i = self.keys.array[slot // BLOCK], self.values.array[slot // BLOCK], slot % BLOCK, np.arange(self.dim)
