@@ -47,7 +47,7 @@ def kernel(kind: str, args: tuple[str, ...]):
         name, rows, height = args
         return tile.dense_tile(name, int(rows), int(height)), 8
     if kind == "digits":
-        return digits.digit_tile(int(args[0]), True), 9
+        return digits.digit_tile(int(args[0]), attention.fetching(int(args[0]))), 9
     kv, rows = args
     return (attention.score_tile(kv, int(rows)), 7) if kind == "score" else (attention.value_tile(kv, int(rows), 4), 9)
 
@@ -91,8 +91,8 @@ def loops(text: str):
     for i, line in enumerate(lines):
         jump = re.match(r"\s+(?:j\w+|b\.\w+|cbn?z|tbn?z)\s.*?(\.?L\w+)\s*$", line)
         if jump and label_at.get(jump.group(1), i) < i:
-            body = [x.strip() for x in lines[label_at[jump.group(1)] + 1 : i + 1] if x.startswith("\t") and not x.strip().startswith(".")]
-            yield body
+            body = [x.strip() for x in lines[label_at[jump.group(1)] + 1 : i + 1] if x.startswith("\t")]
+            yield [x for x in body if not x.startswith((".", "#", "//"))]  # directives, and the fences that hold only the compiler
 
 
 def hottest(text: str) -> list[str]:

@@ -37,7 +37,7 @@ from .ops import (
     sum_i32,
     to_i32,
 )
-from .simd import const_i64, const_vector, i64, load, op, peek, poke, prefetch, scalar, splat, store, vector, void
+from .simd import const_i64, const_vector, i64, load, op, peek, poke, prefetch, scalar, share, splat, store, vector, void
 
 LARGEST = 16256  # 127 * 128
 
@@ -68,11 +68,11 @@ def to_digits(x, count, out, tail):
 
 
 @functools.lru_cache(maxsize=None)
-def digit_tile(rows, fetch):
+def digit_tile(rows, keep=None):
     """op(x, x_bytes, tail, codes, begin, end, out, out_bytes, ahead): `rows` rows of digits times CELL lanes of codes, float32.
 
     Over words begin..end of the rows; word g of lane i at codes + 4 * (CELL * g + i). x, tail: x_bytes from one row to the next.
-    ahead: what to fetch meanwhile, laid out like the codes, if `fetch`.
+    ahead: what to fetch meanwhile, laid out like the codes, into the caches that `keep` names (`simd.prefetch`), or nothing.
     """
 
     def emit(builder, x, x_bytes, tail, codes, begin, end, out, out_bytes, ahead):
@@ -81,14 +81,15 @@ def digit_tile(rows, fetch):
         offsets = [builder.mul(x_bytes, const_i64(r)) for r in range(rows)]
         with cgutils.for_range(builder, end, start=begin, intp=scalar("i64")) as loop:
             word, pair = builder.mul(loop.index, const_i64(4 * CELL)), builder.mul(loop.index, const_i64(8))
-            for p in range(2 if fetch else 0):
-                prefetch(builder, builder.add(ahead, builder.add(word, const_i64(64 * p))))
+            lines = () if keep is None else [builder.add(ahead, builder.add(word, const_i64(64 * p))) for p in range(2)]
             k = [load(builder, builder.add(codes, builder.add(word, const_i64(64 * p))), vector("i8", 64)) for p in range(2)]
             for r, d in [(r, d) for r in range(rows) for d in range(2)]:
                 at = builder.add(builder.add(x, offsets[r]), builder.add(pair, const_i64(4 * d)))
                 digits = emit_splat4(builder, at)
                 for p in range(2):
                     builder.store(emit_dot4(builder, builder.load(cells[r, d, p]), k[p], digits), cells[r, d, p])
+                for line in share(lines, 2 * r + d, 2 * rows):
+                    prefetch(builder, line, keep)
         for r in range(rows):
             at = builder.add(tail, offsets[r])
             scale = splat(builder, load(builder, builder.add(at, const_i64(4)), scalar("f32")))

@@ -153,11 +153,23 @@ def add_symbol(name, address):
 
 
 def prefetch(builder, address, keep=3):
-    """Ask for a cache line that will be read soon, into all caches (keep 3) or all but the first; past the end of memory it does no harm."""
+    """Ask for a cache line that will be read soon; past the end of memory it does no harm.
+
+    keep: into all caches (3), all but the first (2), or as what will not be read again (0).
+    It stays between the loads it is written between: LLVM would gather the prefetches of a loop at its head, and of a burst
+    a processor forgets some. The fences hold the compiler only and are no instructions.
+    """
     pointer = builder.inttoptr(address, _i8.as_pointer())
     kind = ir.FunctionType(ir.VoidType(), [pointer.type, _i32, _i32, _i32])
     read, keep, data = const_i32(0), const_i32(keep), const_i32(1)
+    builder.fence("seq_cst", "singlethread")
     builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0"), [pointer, read, keep, data])
+    builder.fence("seq_cst", "singlethread")
+
+
+def share(items, part, parts):
+    """Part number `part` of `parts` about equal ones: to spread prefetches over a run of code."""
+    return items[len(items) * part // parts : len(items) * (part + 1) // parts]
 
 
 def splat(builder, value, lanes=16):

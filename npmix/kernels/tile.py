@@ -41,6 +41,7 @@ from .simd import (
     poke,
     prefetch,
     scalar,
+    share,
     splat,
     store,
     twin_bf16,
@@ -162,17 +163,14 @@ class _PackedLoops:
         self.group_at = builder.mul(g, const_i64(span_bytes(self.name, self.group) // 2))
         places = [builder.add(span, place) for place in self.source.places(half)]
         inputs = builder.add(self.acts, builder.mul(g, const_i64(self.group * self.height)))
-        if self.next:
-            ahead, step = self.next
-            for i in range(FETCHES):
-                which = builder.add(builder.mul(g, const_i64(FETCHES)), const_i64(i))
-                prefetch(builder, builder.add(ahead, builder.mul(which, step)), 2)
+        self.g = g
         start_at = builder.add(self.starts, builder.mul(g, const_i64(4 * self.height)))
         for r, t in self.cells:
             start = emit_dot_start(builder, builder.add(start_at, const_i64(4 * t)), self.offset)
             for k in range(self.chains):
                 builder.store(start if k == 0 else const_vector("i32", 16, 0), self.part[(r, t), k])
         if self.by_vectors:
+            self.fetch(self.lines_of_panel(const_i64(0), FETCHES))
             with self.loop(const_i64(self.group // 4)) as index:
                 self.vector(places, inputs, index)
         elif self.unroll == self.chunks:
@@ -204,20 +202,36 @@ class _PackedLoops:
                 cell = self.part[(r, t), 0]
                 builder.store(emit_dot4(builder, builder.load(cell), w, x, self.offset), cell)
 
+    def lines_ahead(self, index):
+        """What to fetch within chunk `index`: (address, into which caches) of each line."""
+        builder, each = self.builder, span_bytes(self.name, self.group) // 2 // self.chunks
+        lines = []
+        for (bytes_ahead, keep, count), b in itertools.product(self.ahead, self.rows):
+            at = builder.add(builder.add(b, self.group_at), builder.mul(index, const_i64(each)))
+            lines += [(builder.add(at, const_i64(bytes_ahead + line)), keep) for line in range(0, each, 64)[:count]]
+        return lines
+
+    def lines_of_panel(self, index, count):
+        """The same of a tile over a panel, for `count` chunks' share of what follows."""
+        builder, (ahead, step) = self.builder, self.next
+        first = builder.add(builder.mul(self.g, const_i64(FETCHES)), builder.mul(index, const_i64(count)))
+        return [(builder.add(ahead, builder.mul(builder.add(first, const_i64(i)), step)), 2) for i in range(count)]
+
+    def fetch(self, lines):
+        for address, keep in lines:
+            prefetch(self.builder, address, keep)
+
     def chunk(self, places, inputs, index):
         """One chunk of each row block against its inputs of every token."""
         builder, source = self.builder, self.source
         inputs = builder.add(inputs, builder.mul(index, const_i64(CHUNK * self.height)))
-        each = span_bytes(self.name, self.group) // 2 // self.chunks
-        for (bytes_ahead, keep, lines), b in itertools.product(self.ahead, self.rows):
-            at = builder.add(builder.add(b, self.group_at), builder.mul(index, const_i64(each)))
-            for line in range(0, each, 64)[:lines]:
-                prefetch(builder, builder.add(at, const_i64(bytes_ahead + line)), keep)
+        lines = self.lines_of_panel(index, max(1, FETCHES // self.chunks)) if self.next else self.lines_ahead(index)
         chunks = [source.open(builder.add(b, places[0]), builder.add(b, places[1]), index) for b in self.rows]
         if source.by_sub_blocks:
-            self.sub_blocks(chunks, inputs)
+            self.sub_blocks(chunks, inputs, lines)
             return
         for i in range(CHUNK // 4):
+            self.fetch(share(lines, i, CHUNK // 4))
             vectors = [source.vector(chunk, i) for chunk in chunks]
             for t in range(self.height):
                 x = emit_splat4(builder, builder.add(inputs, const_i64(4 * (i * self.height + t))))
@@ -225,10 +239,11 @@ class _PackedLoops:
                     cell = self.part[(r, t), i % self.chains]
                     builder.store(emit_dot4(builder, builder.load(cell), w, x), cell)
 
-    def sub_blocks(self, chunks, inputs):
+    def sub_blocks(self, chunks, inputs, lines):
         """The same, by sub-blocks whose sums are multiplied once."""
         builder, step = self.builder, self.source.spec.per // 4
         for i in range(CHUNK // 4 // step):
+            self.fetch(share(lines, i, CHUNK // 4 // step))
             blocks = [self.source.sub_block(chunk, i) for chunk in chunks]
             for t in range(self.height):
                 at = [builder.add(inputs, const_i64(4 * ((i * step + j) * self.height + t))) for j in range(step)]

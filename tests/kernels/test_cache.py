@@ -110,7 +110,7 @@ def test_digits_of_odd_rows():
 @functools.lru_cache(maxsize=None)
 def tile_kernel(rows):
     """The tile as a function that Python can call."""
-    tile = digit_tile(rows, rows >= 4)
+    tile = digit_tile(rows, 3 if rows >= 4 else None)
     return njit(lambda a, b, c, d, e, f, g, h, i: tile(a, b, c, d, e, f, g, h, i))
 
 
