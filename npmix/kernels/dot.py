@@ -110,7 +110,7 @@ def _avx2(builder, acc, codes, inputs):
 
 def _avx2_small(builder, acc, codes, inputs):
     """Codes below 128 as they are: pairs reach 2 * 127 * 127 = 32,258 and fit."""
-    pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", vector("i16", 16), codes, inputs)
+    pairs = _avx2_unsigned_pairs(builder, codes, inputs)
     return builder.add(acc, call(builder, "llvm.x86.avx2.pmadd.wd", acc.type, pairs, const_vector("i16", 16, 1)))
 
 
@@ -118,7 +118,11 @@ def _avx2_pairs(builder, weights, inputs):
     """<16 x i16>: sums of two products each, of signed bytes above -128 (weights) and inputs."""
     size = call(builder, "llvm.abs.v32i8", weights.type, weights, scalar("i1")(0))
     turned = call(builder, "llvm.x86.avx2.psign.b", inputs.type, inputs, weights)
-    return call(builder, "llvm.x86.avx2.pmadd.ub.sw", vector("i16", 16), size, turned)
+    return _avx2_unsigned_pairs(builder, size, turned)
+
+
+def _avx2_unsigned_pairs(builder, weights, inputs):
+    return call(builder, "llvm.x86.avx2.pmadd.ub.sw", vector("i16", 16), weights, inputs)
 
 
 def _neon(builder, acc, codes, inputs):
@@ -143,19 +147,32 @@ def multiplies_sums():
     return cpu.form() == "avx2"
 
 
-def emit_dot_multiplied(builder, acc, values, inputs, multipliers):
+def emit_dot_multiplied(builder, acc, values, inputs, multipliers, excess=None):
     """acc[r] + multipliers[r] * sum over all of values[4r + j] * inputs[4r + j].
 
     values, inputs: lists of <64 x i8>, few and small enough that the sums of pairs stay in 16 bits (a sub-block of formats.PACKED's
-    tables does); multipliers: <32 x i16>, a lane's twice.
+    tables does); multipliers: <32 x i16>, a lane's twice. excess: none of the values is below 0 as they are too large by a constant,
+    and this <32 x i16> of `emit_excess` is what that adds to the sums of pairs.
     """
     whole = []
     for at in (0, 8):
         pairs = None
         for value, x in zip(values, inputs):
             lanes = range(4 * at, 4 * at + 32)
-            part = _avx2_pairs(builder, shuffle(builder, value, lanes), shuffle(builder, x, lanes))
+            pair = _avx2_pairs if excess is None else _avx2_unsigned_pairs
+            part = pair(builder, shuffle(builder, value, lanes), shuffle(builder, x, lanes))
             pairs = part if pairs is None else builder.add(pairs, part)
+        if excess is not None:
+            pairs = builder.sub(pairs, shuffle(builder, excess, range(2 * at, 2 * at + 16)))
         m = shuffle(builder, multipliers, range(2 * at, 2 * at + 16))
         whole.append(call(builder, "llvm.x86.avx2.pmadd.wd", vector("i32", 8), pairs, m))
     return builder.add(acc, join(builder, whole))
+
+
+def emit_excess(builder, inputs, constant, dwords):
+    """<16 x i16> of <32 x i8> inputs: constant times the sum of each pair, summed over `dwords` (1 or 2) lanes of 32 bits from each on."""
+    pairs = _avx2_unsigned_pairs(builder, const_vector("i8", 32, constant), inputs)
+    if dwords == 2:
+        wide = builder.bitcast(pairs, vector("i64", 4))
+        pairs = builder.add(pairs, builder.bitcast(builder.lshr(wide, const_vector("i64", 4, 32)), pairs.type))
+    return pairs

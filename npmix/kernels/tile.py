@@ -21,11 +21,12 @@ import functools
 import itertools
 
 import numpy as np
+from llvmlite import ir
 from numba.core import cgutils
 
 from ..formats import CHUNK, span_bytes
 from . import cpu
-from .dot import emit_dot4, emit_dot_multiplied, emit_dot_start, emit_less, emit_scaled, emit_splat4
+from .dot import emit_dot4, emit_dot_multiplied, emit_dot_start, emit_excess, emit_less, emit_scaled, emit_splat4
 from .outline import outlined
 from .simd import (
     const_i64,
@@ -129,6 +130,8 @@ class _PackedLoops:
         self.next = (ahead, ahead_step) if in_panel(blocks, height) else None
         self.source = Unpacker(builder, name, group)
         self.chains = 4 if len(self.cells) < 3 else 2 if len(self.cells) < 6 else 1  # few cells: split sums, or the dot's latency shows
+        if cpu.form() == "avx2":
+            self.chains = 1  # its dots end in an addition, and it has half the registers
         self.chunks = group // CHUNK
         self.unroll = self.chunks  # chunks written out one after the other
         while self.unroll > 1 and self.unroll * (CHUNK // 4) * len(self.cells) > UNROLLED:
@@ -141,6 +144,9 @@ class _PackedLoops:
         self.starts = builder.add(self.scales, builder.mul(n_groups, const_i64(4 * height)))
         self.rows = [builder.add(w, builder.mul(block_bytes, const_i64(r))) for r in range(blocks)]
         self.total = {c: cgutils.alloca_once_value(builder, const_vector("f32", 16, 0.0)) for c in self.cells}
+        self.excess = None  # of each sub-block of a group's inputs
+        if self.source.by_sub_blocks and height == 1 and self.source.spec.per <= 8:
+            self.excess = builder.ptrtoint(cgutils.alloca_once(builder, ir.ArrayType(scalar("i8"), group)), scalar("i64"))
         self.part = {(c, k): cgutils.alloca_once(builder, vector("i32", 16)) for c in self.cells for k in range(self.chains)}
 
     def emit(self):
@@ -169,6 +175,11 @@ class _PackedLoops:
             start = emit_dot_start(builder, builder.add(start_at, const_i64(4 * t)), self.offset)
             for k in range(self.chains):
                 builder.store(start if k == 0 else const_vector("i32", 16, 0), self.part[(r, t), k])
+        if self.excess:
+            for at in range(0, self.group, 32):
+                x = load(builder, builder.add(inputs, const_i64(at)), vector("i8", 32))
+                sums = emit_excess(builder, x, -self.source.lowest, self.source.spec.per // 4)
+                store(builder, sums, builder.add(self.excess, const_i64(at)))
         if self.by_vectors:
             self.fetch(self.lines_of_panel(const_i64(0), FETCHES))
             with self.loop(const_i64(self.group // 4)) as index:
@@ -228,7 +239,7 @@ class _PackedLoops:
         lines = self.lines_of_panel(index, max(1, FETCHES // self.chunks)) if self.next else self.lines_ahead(index)
         chunks = [source.open(builder.add(b, places[0]), builder.add(b, places[1]), index) for b in self.rows]
         if source.by_sub_blocks:
-            self.sub_blocks(chunks, inputs, lines)
+            self.sub_blocks(chunks, inputs, index, lines)
             return
         for i in range(CHUNK // 4):
             self.fetch(share(lines, i, CHUNK // 4))
@@ -239,18 +250,25 @@ class _PackedLoops:
                     cell = self.part[(r, t), i % self.chains]
                     builder.store(emit_dot4(builder, builder.load(cell), w, x), cell)
 
-    def sub_blocks(self, chunks, inputs, lines):
-        """The same, by sub-blocks whose sums are multiplied once."""
+    def sub_blocks(self, chunks, inputs, index, lines):
+        """The same, by sub-blocks whose sums are multiplied once.
+
+        One token: values are made unsigned, as AVX2's products want them, and what that adds is taken off each sub-block's sum, which
+        costs less than to move every value's sign to its input. Several tokens: what it adds would be another broadcast each.
+        """
         builder, step = self.builder, self.source.spec.per // 4
+        more = -self.source.lowest if self.excess else 0
+        places = self.excess and builder.add(self.excess, builder.mul(index, const_i64(CHUNK)))
         for i in range(CHUNK // 4 // step):
             self.fetch(share(lines, i, CHUNK // 4 // step))
-            blocks = [self.source.sub_block(chunk, i) for chunk in chunks]
+            blocks = [self.source.sub_block(chunk, i, more) for chunk in chunks]
+            excess = self.excess and builder.bitcast(emit_splat4(builder, builder.add(places, const_i64(4 * step * i))), vector("i16", 32))
             for t in range(self.height):
                 at = [builder.add(inputs, const_i64(4 * ((i * step + j) * self.height + t))) for j in range(step)]
                 x = [emit_splat4(builder, place) for place in at]
                 for r, (values, multipliers) in enumerate(blocks):
                     cell = self.part[(r, t), i % self.chains]
-                    builder.store(emit_dot_multiplied(builder, builder.load(cell), values, x, multipliers), cell)
+                    builder.store(emit_dot_multiplied(builder, builder.load(cell), values, x, multipliers, excess), cell)
 
 
 def _packed_twin(name, group, blocks, height, offset):

@@ -53,12 +53,21 @@ class Unpacker:
         index = self._index(codes, i)
         return self._lookup_all(index, selectors, i) if self._vbmi else self._lookup_parts(index, selectors, i)
 
-    def sub_block(self, chunk, i):
-        """Sub-block i of a format with multipliers, apart: its vectors of values <64 x i8>, and each lane's multiplier twice <32 x i16>."""
+    @property
+    def lowest(self):
+        """The least value of a format with multipliers."""
+        return self.spec.values[0][0]
+
+    def sub_block(self, chunk, i, more=0):
+        """Sub-block i of a format with multipliers, apart: its vectors of values <64 x i8>, and each lane's multiplier twice <32 x i16>.
+
+        more: what is added to each value.
+        """
         builder, spec, (codes, selectors) = self.builder, self.spec, chunk
         mask = const_vector("i8", 64, (1 << spec.bits) - 1)
         places = range(spec.per // 4 * i, spec.per // 4 * (i + 1))
-        values = [self._lookup(spec.values[0], builder.and_(self._index(codes, place), mask)) for place in places]
+        entries = [value + more for value in spec.values[0]]
+        values = [self._lookup(entries, builder.and_(self._index(codes, place), mask)) for place in places]
         lanes = builder.lshr(selectors, const_vector("i32", 16, spec.selector_bits * i))
         eight = [spec.multipliers[s % len(spec.multipliers)] for s in range(8)]  # repeated: permd reads 3 bits
         doubled = const_vector("i32", 8, [m % 65536 * 65537 for m in eight])
