@@ -21,7 +21,6 @@ import functools
 import itertools
 
 import numpy as np
-from llvmlite import ir
 from numba.core import cgutils
 
 from ..formats import CHUNK, span_bytes
@@ -146,7 +145,7 @@ class _PackedLoops:
         self.total = {c: cgutils.alloca_once_value(builder, const_vector("f32", 16, 0.0)) for c in self.cells}
         self.excess = None  # of each sub-block of a group's inputs
         if self.source.by_sub_blocks and height == 1 and self.source.spec.per <= 8:
-            self.excess = builder.ptrtoint(cgutils.alloca_once(builder, ir.ArrayType(scalar("i8"), group)), scalar("i64"))
+            self.excess = builder.ptrtoint(cgutils.alloca_once(builder, scalar("i8"), size=group), scalar("i64"))
         self.part = {(c, k): cgutils.alloca_once(builder, vector("i32", 16)) for c in self.cells for k in range(self.chains)}
 
     def emit(self):

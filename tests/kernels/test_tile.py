@@ -1,5 +1,7 @@
 """The tiles: the summation law of packed and dense products, compiled against the twin and against the law in plain words."""
 
+import itertools
+
 import numpy as np
 import pytest
 from kernel_tools import Memory, address, memory, same_bits, ulps
@@ -110,6 +112,12 @@ def test_packed_tile_obeys_the_law(name, group):
             assert same_bits(got, before)
 
 
+def bursts_of(assembly):
+    """How many prefetches there are in a row each time."""
+    words = [line.split()[0] for line in assembly.splitlines() if line.startswith("\t") and line.strip()[:1] not in ("", ".", "#")]
+    return [len(list(run)) for asks, run in itertools.groupby(words, lambda word: word.startswith("prefetch")) if asks]
+
+
 @pytest.mark.compiled
 @pytest.mark.skipif(not cpu.is_x86(), reason="prefetches are named as x86 names them")
 @pytest.mark.parametrize("policy", ["none", "near", "far"])
@@ -125,7 +133,8 @@ def test_what_is_fetched_ahead_changes_no_bits(policy, monkeypatch):
         acts = acts_of(x[:height], x_scale[:height], 128)
         got, expected = (run_packed(function, packed, 1, 0, 4, acts, height) for function in (run, here[height]))
         assert same_bits(got, expected)
-        assert any("prefetcht" in text for text in run.inspect_asm().values()) == asks
+        bursts = bursts_of("".join(run.inspect_asm().values()))
+        assert bool(bursts) == asks and max(bursts, default=0) <= 2  # a processor forgets some of many
 
 
 @pytest.mark.compiled
