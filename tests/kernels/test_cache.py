@@ -1,6 +1,7 @@
 """A token's row on its way into the KV cache: where each number goes, and what 8 bits make of it."""
 
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from test_attention import Cache
 from npmix.kernels._jit import njit
 from npmix.kernels.cache import BLOCK, CELL, KINDS, ZERO, cache_rows, to_codes
 from npmix.kernels.digits import LARGEST, digit_tile, to_digits
+from npmix.model.kv_cache import KVCache
 
 F = np.float32
 
@@ -40,6 +42,32 @@ def test_saturation():
         put_key, put_value = cache_rows(kv)
         assert put_key(row.at, 16, cache.keys.at, 3, temp.at) == (kv == "f16")
         assert put_value(row.at, 16, cache.width, cache.values.at, 3, temp.at) == (kv == "f16")
+
+
+@pytest.mark.parametrize("kv", KINDS)
+@pytest.mark.parametrize("dim", [18, 64, 80, 128])
+def test_erasing_takes_the_values_of_those_positions_alone(kv, dim):
+    """NaN rows put in by the kernel are gone after their positions are erased, across a block's end; every other byte stays."""
+    config = SimpleNamespace(head_dim=dim, n_layers=2, n_kv_heads=2, sliding_window=None)
+    cache, untouched = (KVCache(config, 2 * BLOCK, 1, kv) for _ in range(2))
+    _, put_value = cache_rows(kv)
+    width, head_bytes = cache.width, cache.values.strides[1]
+    rng, temp = np.random.default_rng(dim), Memory(-(-dim // 16) * 16, F)
+    for slot in (0, BLOCK - 3, BLOCK - 2, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1):
+        erased = BLOCK - 2 <= slot <= BLOCK
+        for number in range(4):
+            row = rng.standard_normal(dim).astype(F)
+            good, bad = memory(row), memory(np.where(np.arange(dim) == number, np.nan, row).astype(F))
+            for target in (cache, untouched):
+                at = target.values.__array_interface__["data"][0] + number * head_bytes
+                if target is cache or not erased:
+                    put_value((bad if erased else good).at, dim, width, at, slot, temp.at)
+    assert cache.values.tobytes() != untouched.values.tobytes()
+    cache.erase(BLOCK - 2, 3)
+    if kv == "q8":  # codes without a scale mean nothing
+        assert (cache.values["scales"] == untouched.values["scales"]).all()
+    else:
+        assert cache.values.tobytes() == untouched.values.tobytes()
 
 
 def code_row(x):
