@@ -79,15 +79,17 @@ def _tall(name, group, blocks, lowest=2, offset=128):
 @functools.lru_cache(maxsize=None)
 def _row_block(name, group):
     """A kernel for one row block and all tiles of 2 to FEW tokens."""
-    tall = _tall(name, group, 1)
+    tall, whole = _tall(name, group, 1), span_bytes(name, group)
 
     @njit
     def row_block(w, n_groups, acts, token_bytes, tokens, out, out_bytes):
-        tiles = n_tiles(tokens)
+        tiles, block_bytes = n_tiles(tokens), n_groups // 2 * whole
         for i in range(tiles):
             start = i * tokens // tiles
             height = (i + 1) * tokens // tiles - start
-            tall(height, w, NONE, n_groups, acts + start * token_bytes, out + start * out_bytes, out_bytes, NONE, NONE, NONE)
+            x, y = acts + start * token_bytes, out + start * out_bytes
+            further = block_bytes if 0 < i == tiles - 1 else 0  # the first tile had this row block fetched: memory would rest now
+            tall(height, w, NONE, n_groups, x, y, out_bytes, NONE, further, NONE)
 
     return row_block
 

@@ -105,7 +105,8 @@ def packed_tile(name, group, blocks, height, offset=128):
 
     w: address of the first row block, block_bytes apart. out: float32, token t's 16 rows of block r at
     out + t * out_bytes + r * next_block (bytes). With block_bytes and next_block 0 one block is done twice.
-    ahead: what a tile over a panel fetches meanwhile: FETCHES lines a group, ahead_step bytes from one to the next; other tiles ignore it.
+    ahead: what a tile over a panel fetches meanwhile: FETCHES lines a group, ahead_step bytes from one to the next. Other tiles of
+    several tokens fetch so many bytes further ahead; those of one token ignore it.
     offset: of the codes of a panel (`unpack.unpack_block`); 128 elsewhere.
     """
 
@@ -126,6 +127,7 @@ class _PackedLoops:
         self.out, self.out_bytes, self.next_block = out, out_bytes, next_block
         self.cells = [(r, t) for r in range(blocks) for t in range(height)]
         self.ahead = ahead_of(blocks, height)
+        self.further = ahead
         self.next = (ahead, ahead_step) if in_panel(blocks, height) else None
         self.source = Unpacker(builder, name, group)
         self.chains = 4 if len(self.cells) < 3 else 2 if len(self.cells) < 6 else 1  # few cells: split sums, or the dot's latency shows
@@ -218,6 +220,7 @@ class _PackedLoops:
         lines = []
         for (bytes_ahead, keep, count), b in itertools.product(self.ahead, self.rows):
             at = builder.add(builder.add(b, self.group_at), builder.mul(index, const_i64(each)))
+            at = builder.add(at, self.further) if self.height > 1 else at
             lines += [(builder.add(at, const_i64(bytes_ahead + line)), keep) for line in range(0, each, 64)[:count]]
         return lines
 

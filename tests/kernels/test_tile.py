@@ -139,13 +139,14 @@ def test_what_is_fetched_ahead_changes_no_bits(policy, monkeypatch):
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("ahead", [(0, 0), (2**47, 2**40), (-1, -64)])
-def test_what_comes_next_may_lie_anywhere(ahead):
-    """What a tile over a panel fetches for the next one is asked for and never read: there need not be any memory."""
-    parts, x, x_scale = packed_case("q8", 128, BLOCKS, 4, HEIGHT, 9)
+@pytest.mark.parametrize("blocks", [1, BLOCKS])
+def test_what_comes_next_may_lie_anywhere(blocks, ahead):
+    """What a tile fetches for the next one is asked for and never read: there need not be any memory."""
+    parts, x, x_scale = packed_case("q8", 128, blocks, 4, HEIGHT, 9)
     packed, acts = pack(*parts, "q8", 128), acts_of(x, x_scale, 128)
-    run = compiled(packed_tile("q8", 128, BLOCKS, HEIGHT), 9)
+    run = compiled(packed_tile("q8", 128, blocks, HEIGHT), 9)
     known, got = (
-        run_packed(run, packed, BLOCKS, packed.size // BLOCKS, 4, acts, HEIGHT, ahead=to) for to in ((address(packed), 64), ahead)
+        run_packed(run, packed, blocks, packed.size // blocks, 4, acts, HEIGHT, ahead=to) for to in ((address(packed), 64), ahead)
     )
     assert same_bits(got, known)
 
