@@ -127,7 +127,7 @@ class _PackedLoops:
         self.out, self.out_bytes, self.next_block = out, out_bytes, next_block
         self.cells = [(r, t) for r in range(blocks) for t in range(height)]
         self.ahead = ahead_of(blocks, height)
-        self.further = ahead
+        self.further = ahead  # a tile's own stream, or what comes after a panel: never both
         self.next = (ahead, ahead_step) if in_panel(blocks, height) else None
         self.source = Unpacker(builder, name, group)
         self.chains = 4 if len(self.cells) < 3 else 2 if len(self.cells) < 6 else 1  # few cells: split sums, or the dot's latency shows
