@@ -68,7 +68,7 @@ def attention(mm, attend_block, put_key, put_value, m, layers, layer, round, pos
         base = 0 if which == 0 else q + (which - 1) * kv
         low, high = max(begin - base, 0), min(end - base, q if which == 0 else kv)
         if low < high:
-            qkv_blocks(mm, m, layers, layer, which, low, high, act, ONE, m[QKV], NONE, NONE)
+            qkv_blocks(mm, m, layers, layer, which, low, high, act, ONE, m[QKV], NONE, NONE, NONE)
     end_phase(m, T_QKV, index, members)
     for item in range(index, m[N_HEADS] + 2 * m[N_KV_HEADS], members):
         head_row(m, put_key, put_value, layer, item, m[QKV], NONE, position, scratch(m, S_SCORES, index))
@@ -86,7 +86,7 @@ def attention(mm, attend_block, put_key, put_value, m, layers, layer, round, pos
     width, slot = m[N_HEADS] * m[HEAD_DIM], layers[layer, WO_SLOT]
     quantise_row(m[ATT], width, m[GROUP_0 + slot], act)
     begin, end = blocks_of(m[DIM]) * index // members, blocks_of(m[DIM]) * (index + 1) // members
-    mm(slot, layers[layer, WO], m[DIM], width, begin, end, act, ONE, m[Y], NONE, NONE)
+    mm(slot, layers[layer, WO], m[DIM], width, begin, end, act, ONE, m[Y], NONE, NONE, NONE)
     add_rows(m[X], m[Y], begin, end)
     end_phase(m, T_WO, index, members)
 
@@ -152,7 +152,7 @@ def experts(mm, m, layers, layer, round, part, index, members):
         while unit < end:
             a, first = get_i32(m[SELECTED] + 4 * (unit // units)), unit % units
             count = min(end - unit, units - first)
-            expert_units(mm, m, layers, layer, get_i32(experts + 4 * a), first, count, act, ONE, gate, up, NONE)
+            expert_units(mm, m, layers, layer, get_i32(experts + 4 * a), first, count, act, ONE, gate, up, NONE, NONE)
             for i in range(count):
                 unit_to_acts(gate + 4 * EXPERT_UNIT * i, first + i, hidden, group, m[H_ACTS] + a * h_bytes, ONE, NONE)
             unit += count
@@ -165,7 +165,7 @@ def experts(mm, m, layers, layer, round, part, index, members):
         for i in range(down_todo):
             a = get_i32(m[SELECTED] + 4 * i)
             w = layers[layer, EXPERTS + 3 * get_i32(experts + 4 * a) + 2]
-            mm(down, w, m[DIM], hidden, begin, end, m[H_ACTS] + a * h_bytes, ONE, m[Y] + a * y_bytes, NONE, NONE)
+            mm(down, w, m[DIM], hidden, begin, end, m[H_ACTS] + a * h_bytes, ONE, m[Y] + a * y_bytes, NONE, NONE, NONE)
         for k in range(64 * begin, 64 * end if part == 0 or part & SUM else 0, 64):
             total = splat_f32(F(0.0))
             for a in range(active):
@@ -185,6 +185,6 @@ def head(mm, m, logits, index, members):
     unit = take(m, COUNT_LOGITS, units, NONE, members)
     while unit < units:
         begin, end = unit * HEAD_UNIT, min(unit * HEAD_UNIT + HEAD_UNIT, count)
-        mm(slot, m[OUTPUT], m[VOCAB], m[DIM], begin, end, act, ONE, logits, NONE, NONE)
+        mm(slot, m[OUTPUT], m[VOCAB], m[DIM], begin, end, act, ONE, logits, NONE, NONE, NONE)
         unit = take(m, COUNT_LOGITS, units, NONE, members)
     end_phase(m, T_HEAD, index, members)

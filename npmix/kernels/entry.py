@@ -16,7 +16,7 @@ from .decode import choose_experts as token_choice
 from .decode import experts as token_experts
 from .decode import head as token_head
 from .ops import get_i32
-from .phases import end_phase, matmul_by_slot, scratch, start_clock
+from .phases import NONE, end_phase, matmul_by_slot, scratch, start_clock
 from .prefill import attention, attention_output, choose_experts, experts, head, project
 from .proof import prove
 from .rows import embedder
@@ -32,7 +32,8 @@ def entry(slots, embeddings, kv):
     (work, m, layers, a, b, c, d, e, part, index, members); part: of each layer (`tables.ROUTE`). Counters must be 0.
 
     work DECODE: token, position, first layer, last layer, address of the logits or 0. The token is embedded when the first layer is 0.
-    work PREFILL: tokens, position of the first one, layer, skip, unused. Those of layer 0 are embedded.
+    work PREFILL: tokens, position of the first one, first layer, last layer, skip (in the model's last layer). They are embedded when the
+    first layer is 0.
     work HEAD: first token, tokens, address of the logits, bytes from one token's to the next's, unused.
 
     A part finds what the ones before left in the members' scratch, so the same team must run them.
@@ -57,19 +58,21 @@ def entry(slots, embeddings, kv):
             if logits:
                 token_head(mm, m, logits, index, members)
         elif work == PREFILL:
-            tokens, position, layer, skip = a, b, c, d
-            if layer == 0 and part <= ROUTE:
+            tokens, position, first, last = a, b, c, d
+            if first == 0 and part <= ROUTE:
                 for t in range(index, tokens, members):
                     token, at = get_i32(m[TOKENS] + 4 * t), m[X] + 4 * m[X_WIDTH] * t
                     embed(m[EMBEDDINGS], token, m[DIM], at, scratch(m, S_PANEL, index))
                 end_phase(m, T_EMBED, index, members)
-            if part <= ROUTE:
-                project(mm, put_key, put_value, m, layers, layer, tokens, position, skip, index, members)
-                attention(attend_block, m, layer, tokens, position, skip, index, members)
-                attention_output(mm, m, layers, layer, tokens, skip, index, members)
-                choose_experts(mm, m, layers, layer, tokens, skip, part, index, members)
-            if part != ROUTE:
-                experts(mm, m, layers, layer, tokens - skip, skip, part, index, members)
+            for layer in range(first, last):
+                skip = e if layer + 1 == m[N_LAYERS] else NONE
+                if part <= ROUTE:
+                    project(mm, put_key, put_value, m, layers, layer, tokens, position, skip, index, members)
+                    attention(attend_block, m, layer, tokens, position, skip, index, members)
+                    attention_output(mm, m, layers, layer, tokens, skip, index, members)
+                    choose_experts(mm, m, layers, layer, tokens, skip, part, index, members)
+                if part != ROUTE:
+                    experts(mm, m, layers, layer, tokens - skip, skip, part, index, members)
         else:
             head(mm, m, a, b, c, d, index, members)
 

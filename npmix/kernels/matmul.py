@@ -13,13 +13,13 @@ from ..formats import DENSE, PACKED, packed_bytes, span_bytes
 from . import cpu
 from ._jit import njit
 from .dot import offset_for
-from .tile import BLOCKS, FETCHES, HEIGHT, dense_tile, packed_tile, singles
+from .tile import BLOCKS, FETCHES, HEIGHT, TALLEST, dense_tile, packed_tile, singles
 from .unpack import unpack_block
 
 
 # Up to so many tokens a row block is unpacked again for each tile, straight from memory. Codes, tables and sums together do not fit
 # narrower registers.
-FEW = 5 * HEIGHT if cpu.wide_registers() else 1
+FEW = 3 * TALLEST if cpu.wide_registers() else 1
 NONE = np.int64(0)  # typed: Numba compiles a callee anew for each literal argument
 
 
@@ -32,13 +32,20 @@ def act_bytes(cols, group):
     return n_groups * (group + 8)
 
 
+@njit
+def row_block_at(w, span, cols, group, block):
+    """The address of a row block of a matrix at w; span: `formats.span_bytes` of its kind, 0 for a dense one, which has none (0)."""
+    return w + block * ((cols + 2 * group - 1) // (2 * group) * span) if span else np.int64(0)
+
+
 @functools.lru_cache(maxsize=None)
 def matmul(name, group, several=True):
-    """A kernel (w, rows, cols, first, last, acts, tokens, out, out_bytes, panel) for row blocks first..last of one matrix.
+    """A kernel (w, rows, cols, first, last, acts, tokens, out, out_bytes, panel, follow) for row blocks first..last of one matrix.
 
     w: address of the matrix (rows, cols); acts: address of the activations of `tokens` tokens, cut into `n_tiles`
     tiles of which tile i starts at token i * tokens // n_tiles; out: float32, row r of token t at
-    out + t * out_bytes + 4 * r. A packed matrix writes whole row blocks. panel: scratch of `panel_bytes`. several=False: a dense
+    out + t * out_bytes + 4 * r. A packed matrix writes whole row blocks. panel: scratch of `panel_bytes`. follow: the row block that the
+    caller takes next, wherever it lies (`row_block_at`), to be fetched meanwhile; 0: what comes after `last`. several=False: a dense
     matrix that only ever meets one token (a router): tall tiles would be compiled for nothing.
     """
     return _packed(name, group) if group else _dense(name) if several else _dense_rows(name)
@@ -46,8 +53,9 @@ def matmul(name, group, several=True):
 
 @njit
 def n_tiles(tokens):
-    """Tiles of at most HEIGHT tokens, as even as can be: 7 tokens are 4 + 3, not 6 + 1."""
-    return (tokens + HEIGHT - 1) // HEIGHT
+    """Tiles of at most TALLEST tokens, or HEIGHT over a panel, as even as can be: 9 tokens are 5 + 4, not 8 + 1."""
+    tallest = TALLEST if tokens <= FEW else HEIGHT
+    return (tokens + tallest - 1) // tallest
 
 
 def panel_bytes(cols, group):
@@ -56,9 +64,9 @@ def panel_bytes(cols, group):
 
 
 @functools.lru_cache(maxsize=None)
-def _tall(name, group, blocks, lowest=2, offset=128):
-    """A kernel for one tile of `lowest` to HEIGHT tokens."""
-    t2, t3, t4, t5, t6 = [packed_tile(name, group, blocks, min(max(lowest, h), HEIGHT), offset) for h in range(2, 7)]
+def _tall(name, group, blocks, lowest, highest, offset=128):
+    """A kernel for one tile of `lowest` to `highest` tokens."""
+    t2, t3, t4, t5, t6, t7, t8 = [packed_tile(name, group, blocks, min(max(lowest, h), highest), offset) for h in range(2, 9)]
 
     @njit
     def tall(h, w, block_bytes, n_groups, acts, out, out_bytes, next_block, ahead, ahead_step):
@@ -70,8 +78,12 @@ def _tall(name, group, blocks, lowest=2, offset=128):
             t4(w, block_bytes, n_groups, acts, out, out_bytes, next_block, ahead, ahead_step)
         elif h == 5:
             t5(w, block_bytes, n_groups, acts, out, out_bytes, next_block, ahead, ahead_step)
-        else:
+        elif h == 6:
             t6(w, block_bytes, n_groups, acts, out, out_bytes, next_block, ahead, ahead_step)
+        elif h == 7:
+            t7(w, block_bytes, n_groups, acts, out, out_bytes, next_block, ahead, ahead_step)
+        else:
+            t8(w, block_bytes, n_groups, acts, out, out_bytes, next_block, ahead, ahead_step)
 
     return tall
 
@@ -79,17 +91,17 @@ def _tall(name, group, blocks, lowest=2, offset=128):
 @functools.lru_cache(maxsize=None)
 def _row_block(name, group):
     """A kernel for one row block and all tiles of 2 to FEW tokens."""
-    tall, whole = _tall(name, group, 1), span_bytes(name, group)
+    tall, whole = _tall(name, group, 1, 2, TALLEST), span_bytes(name, group)
 
     @njit
-    def row_block(w, n_groups, acts, token_bytes, tokens, out, out_bytes):
+    def row_block(w, n_groups, acts, token_bytes, tokens, out, out_bytes, jump):
         tiles, block_bytes = n_tiles(tokens), n_groups // 2 * whole
         for i in range(tiles):
             start = i * tokens // tiles
             height = (i + 1) * tokens // tiles - start
             x, y = acts + start * token_bytes, out + start * out_bytes
             further = block_bytes if 0 < i == tiles - 1 else 0  # the first tile had this row block fetched: memory would rest now
-            tall(height, w, NONE, n_groups, x, y, out_bytes, NONE, further, NONE)
+            tall(height, w, NONE, n_groups, x, y, out_bytes, NONE, further, jump)
 
     return row_block
 
@@ -97,7 +109,7 @@ def _row_block(name, group):
 @functools.lru_cache(maxsize=None)
 def _pair(name, group, offset=128):
     """A kernel for BLOCKS row blocks (or, with distances of 0, one done over) and all tiles of more than FEW tokens."""
-    tall = _tall(name, group, BLOCKS, HEIGHT - 1 if FEW > 1 else 2, offset)
+    tall = _tall(name, group, BLOCKS, HEIGHT - 1 if FEW > 1 else 2, HEIGHT, offset)
 
     @njit
     def pair(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead, ahead_bytes):
@@ -115,31 +127,31 @@ def _pair(name, group, offset=128):
 def _by_panel(name, group):
     """The same as `_pair`, the row blocks being unpacked into `panel` first; q8 is its own panel.
 
-    Meanwhile what follows them is fetched: `ahead_bytes`, as many as they have themselves, or 0.
+    Meanwhile `ahead_bytes` from `ahead` on are fetched.
     """
     if name == "q8":
         pair = _pair(name, group)
 
         @njit
-        def as_they_lie(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead_bytes, panel):
-            pair(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, w + ahead_bytes, ahead_bytes)
+        def as_they_lie(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead, ahead_bytes, panel):
+            pair(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead, ahead_bytes)
 
         return as_they_lie
     offset, plain = offset_for(PACKED[name].top), span_bytes("q8", group)
     pair, unpack = _pair("q8", group, offset), unpack_block(name, group, offset)
 
     @njit
-    def by_panel(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead_bytes, panel):
+    def by_panel(w, block_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead, ahead_bytes, panel):
         plain_bytes = n_groups // 2 * plain if block_bytes else 0
         for i in range(BLOCKS if block_bytes else 1):
             unpack(w + i * block_bytes, n_groups, panel + i * plain_bytes)
-        pair(panel, plain_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, w + ahead_bytes, ahead_bytes)
+        pair(panel, plain_bytes, n_groups, acts, token_bytes, tokens, out, out_bytes, next_block, ahead, ahead_bytes)
 
     return by_panel
 
 
 @njit
-def _never(w, n_groups, acts, token_bytes, tokens, out, out_bytes):
+def _never(w, n_groups, acts, token_bytes, tokens, out, out_bytes, jump):
     """Stands for `_row_block` where no tokens are few."""
 
 
@@ -149,9 +161,10 @@ def _packed(name, group):
     row_block = _row_block(name, group) if FEW > 1 else _never
 
     @njit
-    def packed_matmul(w, rows, cols, first, last, acts, tokens, out, out_bytes, panel):
+    def packed_matmul(w, rows, cols, first, last, acts, tokens, out, out_bytes, panel, follow):
         n_groups = (cols + 2 * group - 1) // (2 * group) * 2
         block_bytes, token_bytes = n_groups // 2 * whole, act_bytes(cols, group)
+        after = follow if follow else w + last * block_bytes
         if tokens == 1:
             rest = last - (last - first) % count
             for block in range(first, rest, count):
@@ -160,13 +173,15 @@ def _packed(name, group):
                 single(w + block * block_bytes, 0, n_groups, acts, out + 64 * block, out_bytes, 0, NONE, NONE)
         elif tokens <= FEW:
             for block in range(first, last):
-                row_block(w + block * block_bytes, n_groups, acts, token_bytes, tokens, out + 64 * block, out_bytes)
+                at = w + block * block_bytes
+                jump = NONE if block + 1 < last else after - at - block_bytes
+                row_block(at, n_groups, acts, token_bytes, tokens, out + 64 * block, out_bytes, jump)
         else:
             for block in range(first, last, BLOCKS):
                 y, at, both = out + 64 * block, w + block * block_bytes, block + BLOCKS <= last  # an odd last block is paired with itself
                 next_bytes, next_block = (block_bytes, 64) if both else (0, 0)
-                ahead = BLOCKS * block_bytes if block + 2 * BLOCKS <= last else 0
-                pair(at, next_bytes, n_groups, acts, token_bytes, tokens, y, out_bytes, next_block, ahead, panel)
+                next = at + BLOCKS * block_bytes if block + BLOCKS < last else after
+                pair(at, next_bytes, n_groups, acts, token_bytes, tokens, y, out_bytes, next_block, next, BLOCKS * block_bytes, panel)
 
     return packed_matmul
 
@@ -191,9 +206,9 @@ def _dense(name):
             t6(w, row_bytes, cols, acts, token_bytes, out, out_bytes, next_row)
 
     @njit
-    def dense_matmul(w, rows, cols, first, last, acts, tokens, out, out_bytes, panel):
+    def dense_matmul(w, rows, cols, first, last, acts, tokens, out, out_bytes, panel, follow):
         token_bytes, row_bytes = (cols + 15) // 16 * 64, cols * size
-        tiles = n_tiles(tokens)
+        tiles = (tokens + HEIGHT - 1) // HEIGHT
         row, end = first * 16, min(last * 16, rows)
         while row < end:
             whole = row + 4 <= end  # each of the last rows % 4 is done four times over
@@ -211,7 +226,7 @@ def _dense_rows(name):
     tile, size = dense_tile(name, 4, 1), DENSE[name]
 
     @njit
-    def dense_one_token(w, rows, cols, first, last, acts, tokens, out, out_bytes, panel):
+    def dense_one_token(w, rows, cols, first, last, acts, tokens, out, out_bytes, panel, follow):
         row, end, row_bytes = first * 16, min(last * 16, rows), cols * size
         while row < end:
             whole = row + 4 <= end
@@ -222,5 +237,5 @@ def _dense_rows(name):
 
 
 @njit
-def absent(w, rows, cols, first, last, acts, tokens, out, out_bytes, panel):
+def absent(w, rows, cols, first, last, acts, tokens, out, out_bytes, panel, follow):
     """Stands in a slot that a model does not use."""

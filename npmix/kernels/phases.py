@@ -11,7 +11,7 @@ from numpy import float32 as F
 
 from ..formats import EXPERT_UNIT
 from ._jit import njit
-from .matmul import absent, matmul
+from .matmul import absent, matmul, row_block_at
 from .ops import add, get_f32, get_i64, load_f32, put_f32, put_i64, store_f32, ticks
 from .router import choose
 from .rows import quantise_group, quantise_row, rms_norm, rope, swiglu
@@ -24,19 +24,19 @@ NONE, ONE = np.int64(0), np.int64(1)
 
 @functools.lru_cache(maxsize=None)
 def matmul_by_slot(slots):
-    """A kernel mm(slot, w, rows, cols, first, last, acts, tokens, out, out_bytes, panel) over a model's slots, each the arguments of `matmul`."""
+    """A kernel mm(slot, w, rows, cols, first, last, acts, tokens, out, out_bytes, panel, follow) over a model's slots: `matmul` of each."""
     mm0, mm1, mm2, mm3 = [matmul(*slot) for slot in slots] + [absent] * (SLOTS - len(slots))
 
     @njit
-    def mm(slot, w, rows, cols, first, last, acts, tokens, out, out_bytes, panel):
+    def mm(slot, w, rows, cols, first, last, acts, tokens, out, out_bytes, panel, follow):
         if slot == 0:
-            mm0(w, rows, cols, first, last, acts, tokens, out, out_bytes, panel)
+            mm0(w, rows, cols, first, last, acts, tokens, out, out_bytes, panel, follow)
         elif slot == 1:
-            mm1(w, rows, cols, first, last, acts, tokens, out, out_bytes, panel)
+            mm1(w, rows, cols, first, last, acts, tokens, out, out_bytes, panel, follow)
         elif slot == 2:
-            mm2(w, rows, cols, first, last, acts, tokens, out, out_bytes, panel)
+            mm2(w, rows, cols, first, last, acts, tokens, out, out_bytes, panel, follow)
         else:
-            mm3(w, rows, cols, first, last, acts, tokens, out, out_bytes, panel)
+            mm3(w, rows, cols, first, last, acts, tokens, out, out_bytes, panel, follow)
 
     return mm
 
@@ -83,18 +83,18 @@ def norm_and_quantise(m, x, weight, source, group, row, out):
 
 
 @njit
-def qkv_blocks(mm, m, layers, layer, which, first, last, acts, tokens, out, out_bytes, panel):
+def qkv_blocks(mm, m, layers, layer, which, first, last, acts, tokens, out, out_bytes, panel, follow):
     """Row blocks first..last of q (which 0), k (1) or v (2); a token's q, k, v stand side by side at `out`."""
     rows = m[N_KV_HEADS] * m[HEAD_DIM]
     if which == 0:
         rows = m[N_HEADS] * m[HEAD_DIM]
-        mm(layers[layer, WQ_SLOT], layers[layer, WQ], rows, m[DIM], first, last, acts, tokens, out, out_bytes, panel)
+        mm(layers[layer, WQ_SLOT], layers[layer, WQ], rows, m[DIM], first, last, acts, tokens, out, out_bytes, panel, follow)
     elif which == 1:
         at = out + 4 * m[Q_WIDTH]
-        mm(layers[layer, WK_SLOT], layers[layer, WK], rows, m[DIM], first, last, acts, tokens, at, out_bytes, panel)
+        mm(layers[layer, WK_SLOT], layers[layer, WK], rows, m[DIM], first, last, acts, tokens, at, out_bytes, panel, follow)
     else:
         at = out + 4 * (m[Q_WIDTH] + m[KV_WIDTH])
-        mm(layers[layer, WV_SLOT], layers[layer, WV], rows, m[DIM], first, last, acts, tokens, at, out_bytes, panel)
+        mm(layers[layer, WV_SLOT], layers[layer, WV], rows, m[DIM], first, last, acts, tokens, at, out_bytes, panel, follow)
 
 
 @njit(inline=True)
@@ -154,6 +154,7 @@ def route(mm, m, layers, layer, row, logits, experts, weights):
             logits,
             NONE,
             NONE,
+            NONE,
         )
     choose(logits, m[N_EXPERTS], m[N_ACTIVE], experts, weights)
 
@@ -167,16 +168,29 @@ def guess(mm, m, layers, layer, x, row, logits, experts):
 
 
 @njit
-def expert_units(mm, m, layers, layer, expert, unit, count, acts, tokens, gate, up, panel):
+def weights_at(m, slot, w, cols, block):
+    """The address of row block `block` of the matrix at w, for `follow` of `matmul.matmul`."""
+    return row_block_at(w, m[SPAN_0 + slot], cols, m[GROUP_0 + slot], block)
+
+
+@njit
+def gate_at(m, layers, layer, expert, unit):
+    """Where a unit of EXPERT_UNIT rows of one expert's w_gate lies."""
+    return weights_at(m, layers[layer, GATE_SLOT], layers[layer, EXPERTS + 3 * expert], m[DIM], unit * (EXPERT_UNIT // 16))
+
+
+@njit
+def expert_units(mm, m, layers, layer, expert, unit, count, acts, tokens, gate, up, panel, follow):
     """`count` units of EXPERT_UNIT rows of one expert's w_gate and w_up with SwiGLU: float32 (tokens, count * EXPERT_UNIT) at `gate`,
-    zero past hidden_dim."""
+    zero past hidden_dim. follow: as in `matmul.matmul`."""
     hidden, slot = m[HIDDEN_DIM], layers[layer, GATE_SLOT]
     first = unit * (EXPERT_UNIT // 16)
     width = count * EXPERT_UNIT
     last = min(first + width // 16, blocks_of(hidden))
     at = EXPERTS + 3 * expert
-    mm(slot, layers[layer, at], hidden, m[DIM], first, last, acts, tokens, gate - 64 * first, 4 * width, panel)
-    mm(slot, layers[layer, at + 1], hidden, m[DIM], first, last, acts, tokens, up - 64 * first, 4 * width, panel)
+    up_at = weights_at(m, slot, layers[layer, at + 1], m[DIM], first)
+    mm(slot, layers[layer, at], hidden, m[DIM], first, last, acts, tokens, gate - 64 * first, 4 * width, panel, up_at)
+    mm(slot, layers[layer, at + 1], hidden, m[DIM], first, last, acts, tokens, up - 64 * first, 4 * width, panel, follow)
     valid = min(width, hidden - 16 * first)
     for t in range(tokens):
         row = 4 * width * t

@@ -13,9 +13,10 @@ from numpy import float32 as F
 from ..formats import EXPERT_UNIT
 from ._jit import njit
 from .attention import BLOCK, TALLEST, clear, finish, merge
+from .decode import stretch
 from .matmul import act_bytes, n_tiles
 from .observe import keep_row, keep_units
-from .ops import add, atomic_add, fma, get_f32, get_i32, load_f32, put_i32, splat_f32, store_f32
+from .ops import add, atomic_add, fma, get_f32, get_i32, load_f32, put_i32, put_i64, splat_f32, store_f32
 from .phases import (
     NONE,
     ONE,
@@ -23,6 +24,7 @@ from .phases import (
     blocks_of,
     end_phase,
     expert_units,
+    gate_at,
     guess,
     head_row,
     keys_of,
@@ -34,6 +36,7 @@ from .phases import (
     source_of,
     unit_to_acts,
     values_of,
+    weights_at,
 )
 from .rows import put_in_tile, quantise_row
 from .tables import *  # noqa: F403  (the columns)
@@ -52,8 +55,9 @@ def head(mm, m, first, tokens, logits, logits_bytes, index, members):
     unit = atomic_add(m[COUNTERS] + COUNT_LOGITS, 1)
     while unit * UNIT < count:
         begin, end = unit * UNIT, min(unit * UNIT + UNIT, count)
-        mm(slot, m[OUTPUT], m[VOCAB], m[DIM], begin, end, m[ACTS], tokens, logits, logits_bytes, scratch(m, S_PANEL, index))
         unit = atomic_add(m[COUNTERS] + COUNT_LOGITS, 1)
+        follow = weights_at(m, slot, m[OUTPUT], m[DIM], min(unit * UNIT, count))
+        mm(slot, m[OUTPUT], m[VOCAB], m[DIM], begin, end, m[ACTS], tokens, logits, logits_bytes, scratch(m, S_PANEL, index), follow)
     end_phase(m, T_HEAD, index, members)
 
 
@@ -71,6 +75,13 @@ def norm_tiles(m, weight, source, group, first, tokens, acts, index, members):
             put_in_tile(act, m[DIM], group, acts + start * token_bytes, end - start, t - start)
 
 
+@njit
+def qkv_unit(item, q_units, kv_units):
+    """(0 for q, 1 for k or 2 for v, first row block) of unit number `item` of the three."""
+    which = (item - q_units) // kv_units + 1 if item >= q_units else 0
+    return which, (item - q_units) % kv_units * UNIT if which else item * UNIT
+
+
 @njit(inline=True)
 def project(mm, put_key, put_value, m, layers, layer, tokens, position, skip, index, members):
     """q, k, v of the chunk, RoPE, cache."""
@@ -83,17 +94,15 @@ def project(mm, put_key, put_value, m, layers, layer, tokens, position, skip, in
     q_blocks, kv_blocks = m[Q_WIDTH] // 16, m[KV_WIDTH] // 16
     q_units, kv_units = (q_blocks + UNIT - 1) // UNIT, (kv_blocks + UNIT - 1) // UNIT
     qkv_bytes = 4 * (m[Q_WIDTH] + 2 * m[KV_WIDTH])
-    unit, panel = atomic_add(m[COUNTERS] + COUNT_QKV, 1), scratch(m, S_PANEL, index)
-    while unit < q_units + 2 * kv_units:
-        if unit < q_units:
-            begin, end = unit * UNIT, min(unit * UNIT + UNIT, q_blocks)
-            acts = few if skip else m[ACTS]
-            qkv_blocks(mm, m, layers, layer, NONE, begin, end, acts, tokens - skip, m[QKV] + skip * qkv_bytes, qkv_bytes, panel)
-        else:
-            begin = (unit - q_units) % kv_units * UNIT
-            end = min(begin + UNIT, kv_blocks)
-            qkv_blocks(mm, m, layers, layer, 1 + (unit - q_units) // kv_units, begin, end, m[ACTS], tokens, m[QKV], qkv_bytes, panel)
-        unit = atomic_add(m[COUNTERS] + COUNT_QKV, 1)
+    panel, item = scratch(m, S_PANEL, index), atomic_add(m[COUNTERS] + COUNT_QKV, 1)
+    while item < q_units + 2 * kv_units:
+        which, begin = qkv_unit(item, q_units, kv_units)
+        item = atomic_add(m[COUNTERS] + COUNT_QKV, 1)
+        next, at = qkv_unit(min(item, q_units + 2 * kv_units - 1), q_units, kv_units)
+        follow = weights_at(m, layers[layer, WQ_SLOT + 2 * next], layers[layer, WQ + 2 * next], m[DIM], at)
+        end = min(begin + UNIT, q_blocks if which == 0 else kv_blocks)
+        first, acts = (skip, few) if which == 0 and skip else (NONE, m[ACTS])  # of a chunk's last layer few queries are wanted, but all keys
+        qkv_blocks(mm, m, layers, layer, which, begin, end, acts, tokens - first, m[QKV] + first * qkv_bytes, qkv_bytes, panel, follow)
     end_phase(m, T_QKV, index, members)
     temp = scratch(m, S_SCORES, index)
     for t in range(tokens * index // members, tokens * (index + 1) // members):  # neighbours' keys share cache lines
@@ -154,10 +163,11 @@ def attention_output(mm, m, layers, layer, tokens, skip, index, members):
     unit = atomic_add(m[COUNTERS] + COUNT_OUT, 1)
     while unit * UNIT < blocks:
         begin, end = unit * UNIT, min(unit * UNIT + UNIT, blocks)
-        mm(slot, layers[layer, WO], m[DIM], width, begin, end, m[ACTS], count, m[Y], x_bytes, scratch(m, S_PANEL, index))
+        unit = atomic_add(m[COUNTERS] + COUNT_OUT, 1)
+        follow = weights_at(m, slot, layers[layer, WO], width, min(unit * UNIT, blocks))
+        mm(slot, layers[layer, WO], m[DIM], width, begin, end, m[ACTS], count, m[Y], x_bytes, scratch(m, S_PANEL, index), follow)
         for t in range(count):
             add_rows(m[X] + x_bytes * (skip + t), m[Y] + x_bytes * t, begin, end)
-        unit = atomic_add(m[COUNTERS] + COUNT_OUT, 1)
     end_phase(m, T_WO, index, members)
 
 
@@ -227,6 +237,30 @@ def sort_by_expert(m, pairs):
     put_i32(m[STARTS], 0)
 
 
+@njit
+def used_expert(m, todo, place):
+    """The expert at `place` among those of SELECTED's first `todo` that have tokens, -1 if there are fewer."""
+    for i in range(todo):
+        expert = get_i32(m[SELECTED] + 4 * i)
+        if expert_places(m, expert)[1]:
+            if place == 0:
+                return expert
+            place -= 1
+    return -1
+
+
+@njit
+def next_unit(m, counter, total, unit, end, members):
+    """The unit of a phase that a member takes after `unit`, and the end of its run; `total` or more when none is left.
+
+    Runs of neighbouring units until a sixteenth of them is left, then single ones.
+    """
+    if unit + 1 < end:
+        return unit + 1, end
+    length = max(1, total // (16 * members))
+    return stretch(atomic_add(m[COUNTERS] + counter, 1), total * 15 // 16 // length, length)
+
+
 @njit(inline=True)
 def experts(mm, m, layers, layer, tokens, skip, part, index, members):
     """Every expert on its tokens: gate and up with SwiGLU, down, then each token's weighted sum in expert order."""
@@ -234,34 +268,41 @@ def experts(mm, m, layers, layer, tokens, skip, part, index, members):
     group = m[GROUP_0 + down]
     in_bytes, h_bytes, x_bytes = act_bytes(m[DIM], m[GROUP_0 + gate_slot]), act_bytes(hidden, group), 4 * m[X_WIDTH]
     gate, up, panel = scratch(m, S_GATE, index), scratch(m, S_UP, index), scratch(m, S_PANEL, index)
-    units, todo = (hidden + EXPERT_UNIT - 1) // EXPERT_UNIT, part // PART if part else m[N_EXPERTS]
-    item = atomic_add(m[COUNTERS] + COUNT_GATE, 1)
-    while item < todo * units:
-        expert, unit = get_i32(m[SELECTED] + 4 * (item // units)), item % units
+    units, todo, used = (hidden + EXPERT_UNIT - 1) // EXPERT_UNIT, part // PART if part else m[N_EXPERTS], 0
+    while used_expert(m, todo, used) >= 0:
+        used += 1
+    item, end = next_unit(m, COUNT_GATE, used * units, NONE, NONE, members)
+    while item < used * units:
+        expert, unit = used_expert(m, todo, item // units), item % units
+        item, end = next_unit(m, COUNT_GATE, used * units, item, end, members)
+        next = min(item, used * units - 1)
+        follow = gate_at(m, layers, layer, used_expert(m, todo, next // units), next % units)
         begin, count = expert_places(m, expert)
-        if count:
-            expert_units(mm, m, layers, layer, expert, unit, ONE, m[ACTS] + begin * in_bytes, count, gate, up, panel)
-            if m[OBSERVED_HIDDEN]:
-                keep_units(gate, count, unit, hidden, m[OBSERVED_HIDDEN], begin)
-            tiles = n_tiles(count)
-            for i in range(tiles):
-                start, end = i * count // tiles, (i + 1) * count // tiles
-                tile = m[H_ACTS] + (begin + start) * h_bytes
-                for t in range(start, end):
-                    unit_to_acts(gate + 4 * EXPERT_UNIT * t, unit, hidden, group, tile, end - start, t - start)
-        item = atomic_add(m[COUNTERS] + COUNT_GATE, 1)
+        expert_units(mm, m, layers, layer, expert, unit, ONE, m[ACTS] + begin * in_bytes, count, gate, up, panel, follow)
+        if m[OBSERVED_HIDDEN]:
+            keep_units(gate, count, unit, hidden, m[OBSERVED_HIDDEN], begin)
+        tiles = n_tiles(count)
+        for i in range(tiles):
+            start, last = i * count // tiles, (i + 1) * count // tiles
+            tile = m[H_ACTS] + (begin + start) * h_bytes
+            for t in range(start, last):
+                unit_to_acts(gate + 4 * EXPERT_UNIT * t, unit, hidden, group, tile, last - start, t - start)
     end_phase(m, T_GATE_UP, index, members)
     blocks = blocks_of(m[DIM])
     units = (blocks + UNIT - 1) // UNIT
-    item = atomic_add(m[COUNTERS] + COUNT_DOWN, 1)
-    while item < todo * units:
-        expert, first = get_i32(m[SELECTED] + 4 * (item // units)), item % units * UNIT
+    item, end = next_unit(m, COUNT_DOWN, used * units, NONE, NONE, members)
+    while item < used * units:
+        expert, first = used_expert(m, todo, item // units), item % units * UNIT
+        item, end = next_unit(m, COUNT_DOWN, used * units, item, end, members)
+        next = min(item, used * units - 1)
+        follow = weights_at(m, down, layers[layer, EXPERTS + 3 * used_expert(m, todo, next // units) + 2], hidden, next % units * UNIT)
         begin, count = expert_places(m, expert)
-        if count:
-            w, h = layers[layer, EXPERTS + 3 * expert + 2], m[H_ACTS] + begin * h_bytes
-            mm(down, w, m[DIM], hidden, first, min(first + UNIT, blocks), h, count, m[Y] + begin * x_bytes, x_bytes, panel)
-        item = atomic_add(m[COUNTERS] + COUNT_DOWN, 1)
+        w, h = layers[layer, EXPERTS + 3 * expert + 2], m[H_ACTS] + begin * h_bytes
+        mm(down, w, m[DIM], hidden, first, min(first + UNIT, blocks), h, count, m[Y] + begin * x_bytes, x_bytes, panel, follow)
     end_phase(m, T_DOWN, index, members)
+    if index == 0:
+        for at in range(0, COUNTERS_BYTES, 64):  # for the next layer; nobody counts now
+            put_i64(m[COUNTERS] + at, NONE)
     for t in range(index, tokens if part == 0 or part & SUM else 0, members):
         x = m[X] + x_bytes * (skip + t)
         pair = 4 * m[N_ACTIVE] * t

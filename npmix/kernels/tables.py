@@ -8,15 +8,17 @@ three addresses each (w_gate, w_up, w_down).
 A slot (0..3) is one of the at most four (format, group) pairs of a model.
 """
 
+from numpy import int64 as _int64  # Numba compiles a callee anew for each literal argument; a typed number is none
+
 SLOTS = 4
 # whose experts decode guesses: 1, 2 and 3 keep a disk of 2.6 GB/s busy 88, 93 and 95 % of the time with half of Mixtral's in memory
 LAYERS_AHEAD = 3
 
-# GROUP_s: inputs per scale of slot s, 0 for a dense one. NUMBERS: float32 norm_eps, query scale.
+# GROUP_s: inputs per scale of slot s, SPAN_s: bytes of a pair of groups of 16 rows, both 0 for a dense one. NUMBERS: float32 norm_eps, query scale.
 (
     DIM, N_LAYERS, N_HEADS, N_KV_HEADS, HEAD_DIM, HIDDEN_DIM, N_EXPERTS, N_ACTIVE, VOCAB, WINDOW,
     X_WIDTH, Q_WIDTH, KV_WIDTH, V_WIDTH, ATT_WIDTH,
-    GROUP_0, GROUP_1, GROUP_2, GROUP_3,
+    GROUP_0, GROUP_1, GROUP_2, GROUP_3, SPAN_0, SPAN_1, SPAN_2, SPAN_3,
     CAPACITY, CHUNK, KEYS_HEAD_BYTES, VALUES_HEAD_BYTES,
     EMBEDDINGS, NORM, OUTPUT, OUTPUT_SLOT,
     NUMBERS, ROPE, KEYS, VALUES,
@@ -24,7 +26,7 @@ LAYERS_AHEAD = 3
     TOKENS, CHOICE, CHOICE_WEIGHT, ORDER, RANK, STARTS,
     SCRATCH, SCRATCH_BYTES, S_ROW, S_ACT, S_GATE, S_UP, S_LOGITS, S_CHOICE, S_SCORES, S_PARTS, S_RUNNING, S_PANEL,
     COUNTERS, BARRIER, CLOCKS, STATUS,
-) = range(62)  # fmt: skip
+) = map(_int64, range(66))  # fmt: skip
 # what calibration keeps of a layer's inputs as float32 rows, or 0: see `observe.py`
 OBSERVED_NORMED, OBSERVED_ROWS, OBSERVED_HIDDEN = range(STATUS + 1, STATUS + 4)
 # SELECTED: int32 (N_EXPERTS): which experts (prefill), or which of a token's (decode), to compute. GUESS: int32 (2, CHUNK + LAYERS_AHEAD,
@@ -47,11 +49,11 @@ BAD_LAYER = 0  # byte offset: the first layer, from 1, whose output is not finit
 SATURATED = 8  # byte offset: whether a float16 cache write was saturated
 
 # COUNTERS: one cache line a phase of dynamic work
-COUNT_QKV, COUNT_ATTENTION, COUNT_OUT, COUNT_GATE, COUNT_DOWN, COUNT_LOGITS = (64 * i for i in range(6))
+COUNT_QKV, COUNT_ATTENTION, COUNT_OUT, COUNT_GATE, COUNT_DOWN, COUNT_LOGITS = (_int64(64 * i) for i in range(6))
 COUNTERS_BYTES = 6 * 64
 
 # CLOCKS: int64 processor ticks that member 0 spent in each phase, the wait for the others included; cell 0: the last tick read
 PHASES = ("embed", "norm", "qkv", "rope", "attention", "merge", "wo", "route", "sort", "pack", "gate_up", "down", "sum", "head")
 (
     T_EMBED, T_NORM, T_QKV, T_ROPE, T_ATTENTION, T_MERGE, T_WO, T_ROUTE, T_SORT, T_PACK, T_GATE_UP, T_DOWN, T_SUM, T_HEAD,
-) = range(1, 15)  # fmt: skip
+) = map(_int64, range(1, 15))  # fmt: skip

@@ -18,7 +18,6 @@ Activations of a tile of h tokens ("acts") lie together, `act_bytes` per token:
 
 import contextlib
 import functools
-import itertools
 
 import numpy as np
 from numba.core import cgutils
@@ -56,6 +55,8 @@ from .unpack import Unpacker, twin_row_block
 # are touched once a group and may lie on the stack); where 16 lanes take several registers, 1 x 4 keeps
 # the integer ones from spilling.
 BLOCKS, HEIGHT = (2, 6) if cpu.wide_registers() else (1, 4)
+# The tallest tile straight from memory: the more tokens, the fewer times a row block is unpacked; inputs of 8 x 4,096 fit the first cache.
+TALLEST = 8 if cpu.wide_registers() else 4
 # Lines that a tile over a panel asks for in each group: so many that few tiles, too, ask for nearly all that comes next. Not all at once: what
 # finds no place in its queue Zen 5 forgets.
 FETCHES = 8 if cpu.wide_registers() else 16
@@ -92,7 +93,7 @@ def ahead_of(blocks, height):
     if in_panel(blocks, height):
         return ()
     if cpu.prefetching() == "far":
-        far = 6144 if height == 1 else 12288
+        far = {1: 6144, 2: 8192}.get(height, 12288)
         return (far, 3, None), (far + 4096, 3, 1)
     if height > 1:
         return ((8192, 2, None),)
@@ -106,7 +107,8 @@ def packed_tile(name, group, blocks, height, offset=128):
     w: address of the first row block, block_bytes apart. out: float32, token t's 16 rows of block r at
     out + t * out_bytes + r * next_block (bytes). With block_bytes and next_block 0 one block is done twice.
     ahead: what a tile over a panel fetches meanwhile: FETCHES lines a group, ahead_step bytes from one to the next. Other tiles of
-    several tokens fetch so many bytes further ahead; those of one token ignore it.
+    several tokens fetch their own stream (`ahead_of`), so many bytes further, and what lies past their row block's end ahead_step bytes
+    from there; those of one token ignore both.
     offset: of the codes of a panel (`unpack.unpack_block`); 128 elsewhere.
     """
 
@@ -123,12 +125,12 @@ class _PackedLoops:
         self, builder, name, group, blocks, height, offset, w, block_bytes, n_groups, acts, out, out_bytes, next_block, ahead, ahead_step
     ):
         self.builder, self.name, self.group, self.height, self.offset = builder, name, group, height, offset
-        self.n_groups, self.acts = n_groups, acts
+        self.n_groups, self.acts, self.in_panel = n_groups, acts, in_panel(blocks, height)
         self.out, self.out_bytes, self.next_block = out, out_bytes, next_block
         self.cells = [(r, t) for r in range(blocks) for t in range(height)]
         self.ahead = ahead_of(blocks, height)
-        self.further = ahead  # a tile's own stream, or what comes after a panel: never both
-        self.next = (ahead, ahead_step) if in_panel(blocks, height) else None
+        self.next = (ahead, ahead_step)  # a tile's own stream, or what comes after a panel: never both
+        self.whole = builder.mul(n_groups, const_i64(span_bytes(name, group) // 2))
         self.source = Unpacker(builder, name, group)
         self.chains = 4 if len(self.cells) < 3 else 2 if len(self.cells) < 6 else 1  # few cells: split sums, or the dot's latency shows
         if cpu.form() == "avx2":
@@ -217,11 +219,16 @@ class _PackedLoops:
     def lines_ahead(self, index):
         """What to fetch within chunk `index`: (address, into which caches) of each line."""
         builder, each = self.builder, span_bytes(self.name, self.group) // 2 // self.chunks
-        lines = []
-        for (bytes_ahead, keep, count), b in itertools.product(self.ahead, self.rows):
-            at = builder.add(builder.add(b, self.group_at), builder.mul(index, const_i64(each)))
-            at = builder.add(at, self.further) if self.height > 1 else at
-            lines += [(builder.add(at, const_i64(bytes_ahead + line)), keep) for line in range(0, each, 64)[:count]]
+        lines, (further, jump) = [], self.next
+        here = builder.add(self.group_at, builder.mul(index, const_i64(each)))
+        for bytes_ahead, keep, count in self.ahead:
+            if self.height == 1:
+                at = builder.add(here, const_i64(bytes_ahead))
+            else:  # whole chunks ahead, so that each of them lies before or past the end
+                at = builder.add(builder.add(here, further), const_i64(bytes_ahead // each * each))
+                at = builder.add(at, builder.select(builder.icmp_signed("<", at, self.whole), const_i64(0), jump))
+            for b in self.rows:
+                lines += [(builder.add(builder.add(b, at), const_i64(line)), keep) for line in range(0, each, 64)[:count]]
         return lines
 
     def lines_of_panel(self, index, count):
@@ -238,7 +245,7 @@ class _PackedLoops:
         """One chunk of each row block against its inputs of every token."""
         builder, source = self.builder, self.source
         inputs = builder.add(inputs, builder.mul(index, const_i64(CHUNK * self.height)))
-        lines = self.lines_of_panel(index, max(1, FETCHES // self.chunks)) if self.next else self.lines_ahead(index)
+        lines = self.lines_of_panel(index, max(1, FETCHES // self.chunks)) if self.in_panel else self.lines_ahead(index)
         chunks = [source.open(builder.add(b, places[0]), builder.add(b, places[1]), index) for b in self.rows]
         if source.by_sub_blocks:
             self.sub_blocks(chunks, inputs, index, lines)

@@ -54,7 +54,7 @@ class RunState:
         m[t.Q_WIDTH], m[t.KV_WIDTH] = _pad(c.n_heads * c.head_dim, 16), _pad(c.n_kv_heads * c.head_dim, 16)
         m[t.V_WIDTH] = cache.width
         for slot in range(t.SLOTS):
-            m[t.GROUP_0 + slot] = weights.group(slot)
+            m[t.GROUP_0 + slot], m[t.SPAN_0 + slot] = weights.group(slot), weights.span(slot)
         m[t.CAPACITY], m[t.CHUNK] = cache.capacity, chunk
         m[t.KEYS_HEAD_BYTES], m[t.VALUES_HEAD_BYTES] = cache.keys.strides[1], cache.values.strides[1]
 

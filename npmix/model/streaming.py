@@ -55,25 +55,29 @@ class StreamingForward(Forward):
                 part = self._select([experts.index(expert) for expert in arrival.experts], arrival)
                 self._decode_part(token, position, layer, layer + 1, 0, part)
 
-    def _prefill(self, count: int, position: int, layer: int, skip: int) -> None:
-        c = self.config
+    def _prefill(self, count: int, position: int, first: int, last: int, skip: int) -> None:
         with self.residency.whole() as whole:
             if whole:
                 self._select_all()
-                return super()._prefill(count, position, layer, skip)
+                return super()._prefill(count, position, first, last, skip)
+        for layer in range(first, last):
+            self._prefill_layer(count, position, layer, skip)
+
+    def _prefill_layer(self, count: int, position: int, layer: int, skip: int) -> None:
+        c = self.config
         pairs = count * c.n_active
         self.residency.passing = pairs >= 32 * c.n_experts and layer + 1 < c.n_layers  # computing takes about as long as reading, or longer
         if layer == 0 and pairs >= 2 * c.n_experts:  # nearly all will be needed
             self.residency.expect([(0, expert) for expert in range(c.n_experts)])
         self.residency.check()
-        self._prefill_part(count, position, layer, skip, t.ROUTE)
+        self._prefill_part(count, position, layer, layer + 1, skip, t.ROUTE)
         starts = self.state.array(t.STARTS)
         experts = np.flatnonzero(np.diff(starts)).tolist()
         last_alone = self._wanted in ("last", "none") and layer == c.n_layers - 2  # all that the layer after this one is for
         first = count - 1 if last_alone else 0
         with closing(self.residency.arrive(layer, experts, self._guesses_for_prompt(layer, first, count))) as arrivals:
             for arrival in arrivals:
-                self._prefill_part(count, position, layer, skip, self._select(arrival.experts, arrival))
+                self._prefill_part(count, position, layer, layer + 1, skip, self._select(arrival.experts, arrival))
 
     def _head(self, first: int, count: int) -> np.ndarray:
         self.residency.check()

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..config import Config
 from ..errors import StoreError
-from ..formats import DENSE
+from ..formats import DENSE, span_bytes
 from ..kernels import tables
 
 
@@ -95,6 +95,10 @@ class Weights:
     def group(self, slot: int) -> int:
         """Inputs per scale of a slot, 0 for a dense or unused one."""
         return self.slots[slot].group if slot < len(self.slots) else 0
+
+    def span(self, slot: int) -> int:
+        """Bytes of a pair of groups of 16 rows, 0 for a dense or unused slot."""
+        return span_bytes(*self.slots[slot][:2]) if self.group(slot) else 0
 
     def bytes_per_token(self) -> int:
         """Bytes of weights that one decoded token reads: all matrices, but only the active experts, one embedding row aside."""

@@ -22,7 +22,7 @@ from npmix.kernels.rows import quantise_row, rms_norm, rope, swiglu
 
 F = np.float32
 FORMATS = [("q8", 128), ("q4", 128), ("bf16", 0)]  # other packed formats differ in how they are unpacked alone: `test_unpack.py`
-TOKENS = (1, 7, 14)  # single row blocks, tiles in registers, panels
+TOKENS = (1, 7, 29)  # single row blocks, tiles in registers, panels
 IDS = np.random.default_rng(0).integers(3, 384, 40)
 
 
@@ -38,7 +38,7 @@ def products() -> dict[str, np.ndarray]:
         x = rng.standard_normal((max(TOKENS), 300)).astype(F)
         for tokens in TOKENS:
             results[f"matmul {name} {group} {tokens}"] = product(matmul(name, group), tensor, x[:tokens], 0, 4)
-        results[f"acts {group}"] = activations(x[:7], group).array if group else np.zeros(0, np.uint8)
+        results[f"acts {group}"] = activations(x[:4], group).array if group else np.zeros(0, np.uint8)  # one tile in every form
     results["attention q8"] = attention("q8")
     return results
 

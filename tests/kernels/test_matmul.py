@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from kernel_tools import Memory, memory, same_bits
 
-from npmix.formats import DENSE, GROUPS, PACKED
+from npmix.formats import DENSE, GROUPS, PACKED, span_bytes
 from npmix.kernels._jit import njit
-from npmix.kernels.matmul import FEW, act_bytes, matmul, n_tiles, panel_bytes
+from npmix.kernels.matmul import FEW, act_bytes, matmul, n_tiles, panel_bytes, row_block_at
 from npmix.kernels.phases import matmul_by_slot
 from npmix.kernels.rows import TOPS, put_in_tile, quantise_row
-from npmix.kernels.tile import BLOCKS, HEIGHT, singles
+from npmix.kernels.tile import BLOCKS, HEIGHT, TALLEST, singles
 from npmix.quant.pack import dequantize, pack
 from npmix.quant.round import quantise
 from npmix.quant.tensor import Tensor
@@ -61,14 +61,14 @@ def weights(name, group, rows, cols, seed):
     return Tensor(place.array, name, (rows, cols), group), place
 
 
-def product(kernel, tensor, x, first, last):
-    """Row blocks first..last of tensor @ x, (T, all rows); what was not written is -7."""
+def product(kernel, tensor, x, first, last, follow=0):
+    """Row blocks first..last of tensor @ x, (T, all rows); what was not written is -7. follow: what the kernel is told comes next."""
     rows, cols = tensor.shape
     width = -(-rows // 16) * 16 + (tensor.group > 0) * 16
     out = Memory((len(x), width), F, fill=-7)
     acts = activations(x, tensor.group)
     panel = Memory(panel_bytes(cols, tensor.group) if tensor.group else 0, np.uint8)
-    kernel(tensor.address, rows, cols, first, last, acts.at, len(x), out.at, 4 * width, panel.at)
+    kernel(tensor.address, rows, cols, first, last, acts.at, len(x), out.at, 4 * width, panel.at, follow)
     assert out.intact() and acts.intact() and panel.intact()
     return out.array
 
@@ -129,6 +129,27 @@ def test_row_blocks_by_range(name, group):
             assert (part[:, : 16 * first] == -7).all() and (part[:, 16 * last :] == -7).all()
 
 
+@pytest.mark.parametrize("follow", [64, 2**47, -(2**40)])
+def test_what_follows_changes_no_bits(follow):
+    """Wherever the next row block lies, also where there is no memory: it is only fetched."""
+    tensor, _ = weights("q4", 128, 16 * WIDE, 600, 3)
+    for tokens in (1, 2, TALLEST, TALLEST + 1, FEW + 1):
+        x = np.random.default_rng(tokens).standard_normal((tokens, 600)).astype(F)
+        whole, told = (product(matmul("q4", 128), tensor, x, 0, WIDE, at) for at in (0, follow))
+        assert same_bits(told, whole)
+
+
+@pytest.mark.parametrize("name, group", FORMATS)
+def test_row_blocks_lie_where_they_are_looked_for(name, group):
+    """`row_block_at` is where packing puts a row block; a dense matrix has none."""
+    rows, cols = 16 * 5, 300
+    tensor, _ = weights(name, group, rows, cols, 1)
+    span = span_bytes(name, group) if group else 0
+    for block in range(5):
+        expected = tensor.address + block * (tensor.nbytes // 5) if group else 0
+        assert row_block_at(tensor.address, span, cols, group, block) == expected
+
+
 def test_slots_choose_the_format():
     """`mm` by slot gives what the format's own kernel gives; an unused slot writes nothing."""
     formats = (("q4", 128), ("q8", 64), ("bf16", 0))
@@ -155,12 +176,12 @@ def test_a_panel_is_a_tile_of_8_bits():
 
 
 def test_tiles_are_even():
-    """Tokens are cut into as few tiles of at most HEIGHT as can be, whose heights differ by at most one."""
+    """Tokens are cut into as few tiles of at most TALLEST, over a panel HEIGHT, as can be, whose heights differ by at most one."""
 
     for tokens in range(1, 60):
         tiles = tile_count(tokens)
         heights = [(i + 1) * tokens // tiles - i * tokens // tiles for i in range(tiles)]
-        assert tiles == -(-tokens // HEIGHT) and max(heights) - min(heights) <= 1 and sum(heights) == tokens
+        assert tiles == -(-tokens // (TALLEST if tokens <= FEW else HEIGHT)) and max(heights) - min(heights) <= 1 and sum(heights) == tokens
 
 
 @njit

@@ -11,7 +11,7 @@ from npmix.kernels import cpu
 from npmix.kernels._jit import DISABLED, njit
 from npmix.kernels.dot import FLOAT, SMALL, START
 from npmix.kernels.simd import twin_bf16, twin_fma
-from npmix.kernels.tile import BLOCKS, HEIGHT, dense_tile, packed_tile, singles
+from npmix.kernels.tile import BLOCKS, HEIGHT, TALLEST, dense_tile, packed_tile, singles
 from npmix.quant.pack import integers, pack
 
 F = np.float32
@@ -28,12 +28,12 @@ def compiled(tile, count):
 
 def ends(name):
     """The lowest and the tallest tiles of a format; those of a panel are q8's."""
-    return sorted({(singles(name), 1), (1, HEIGHT), (BLOCKS if name == "q8" else 1, HEIGHT)})
+    return sorted({(singles(name), 1), (1, TALLEST), *([(BLOCKS, HEIGHT)] if name == "q8" else [])})
 
 
 def shapes(name):
     """All that are used."""
-    return sorted({*ends(name), *((1, h) for h in range(2, HEIGHT)), *([(BLOCKS, HEIGHT - 1)] if name == "q8" else [])})
+    return sorted({*ends(name), *((1, h) for h in range(2, TALLEST)), *([(BLOCKS, HEIGHT - 1)] if name == "q8" else [])})
 
 
 def twin(tile):
@@ -92,15 +92,15 @@ def test_packed_tile_obeys_the_law(name, group):
     run over all panels, and q4, which has selectors; the lowest and the tallest for the rest: formats differ in how a vector is
     unpacked alone, which no height sees, and `test_unpack.py` has that."""
     n_groups = 6
-    parts, x, x_scale = packed_case(name, group, WIDE, n_groups, HEIGHT, 10 * group + PACKED[name].bits)
+    parts, x, x_scale = packed_case(name, group, WIDE, n_groups, TALLEST, 10 * group + PACKED[name].bits)
     packed = pack(*parts, name, group)
     block = packed.size // WIDE
     law = packed_law(parts, name, group, x, x_scale)
-    known = np.full((HEIGHT, 16 * WIDE), np.nan, F)
+    known = np.full((TALLEST, 16 * WIDE), np.nan, F)
     for blocks, height in shapes(name) if (name, group) in (("q8", 128), ("q4", 128)) else ends(name):
         tile = packed_tile(name, group, blocks, height)
         run = compiled(tile, 9)
-        for first in range(0, HEIGHT + 1 - height, height):
+        for first in range(0, TALLEST + 1 - height, height):
             tokens = slice(first, first + height)
             acts = acts_of(x[tokens], x_scale[tokens], group)
             got = run_packed(run, packed, blocks, block, n_groups, acts, height)
