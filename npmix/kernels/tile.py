@@ -93,8 +93,9 @@ def ahead_of(blocks, height):
     if in_panel(blocks, height):
         return ()
     if cpu.prefetching() == "far":
-        far = {1: 6144, 2: 8192}.get(height, 12288)
-        return (far, 3, None), (far + 4096, 3, 1)
+        if height == 1:
+            return (6144, 3, None), (10240, 3, 1)
+        return (8192 if height == 2 else 12288, 3, None), (65536, 2, 1) if height < 5 else (16384, 3, 1)
     if height > 1:
         return ((8192, 2, None),)
     return ((4096, 3, None),) if cpu.prefetching() == "near" else ()
