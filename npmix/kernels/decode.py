@@ -35,7 +35,7 @@ from .phases import (
 from .rows import quantise_row
 from .tables import *  # noqa: F403  (the columns)
 
-RUN = 4  # units of w_gate and w_up a member takes at a time, until a quarter of them is left
+RUN = 4  # units a member takes at a time, until a quarter of them is left: two members in turns disturb each other's fetching
 UNIT = 8  # row blocks of w_down
 HEAD_UNIT = 32  # row blocks of the output matrix
 
@@ -56,6 +56,13 @@ def stretch(item, runs, length):
         return item * length, item * length + length
     first = item + runs * (length - 1)
     return first, first + 1
+
+
+@njit
+def runs_of(units):
+    """(runs of RUN units, items in all) of a phase of `units`: each jump to another place costs a microsecond, uneven ends cost more."""
+    runs = units * 3 // 4 // RUN
+    return runs, units - runs * (RUN - 1)
 
 
 @njit(inline=True)
@@ -144,8 +151,7 @@ def experts(mm, m, layers, layer, round, part, index, members):
     group = m[GROUP_0 + down]
     h_bytes = act_bytes(hidden, group)
     gate, up = scratch(m, S_GATE, index), scratch(m, S_UP, index)
-    runs = gate_todo * units * 3 // 4 // RUN  # each jump to another place in memory costs a microsecond, uneven ends cost more
-    items = gate_todo * units - runs * (RUN - 1)
+    runs, items = runs_of(gate_todo * units)
     item = take(m, COUNT_GATE, items, round, members)
     while item < items:
         unit, end = stretch(item, runs, RUN)
@@ -159,9 +165,11 @@ def experts(mm, m, layers, layer, round, part, index, members):
         item = take(m, COUNT_GATE, items, round, members)
     end_phase(m, T_GATE_UP, index, members)
     y_bytes, units = 4 * m[X_WIDTH], (blocks_of(m[DIM]) + UNIT - 1) // UNIT if down_todo else 0
-    item = take(m, COUNT_DOWN, units, round, members)
-    while item < units:
-        begin, end = item * UNIT, min(item * UNIT + UNIT, blocks_of(m[DIM]))
+    runs, items = runs_of(units)
+    item = take(m, COUNT_DOWN, items, round, members)
+    while item < items:
+        first, last = stretch(item, runs, RUN)
+        begin, end = first * UNIT, min(last * UNIT, blocks_of(m[DIM]))
         for i in range(down_todo):
             a = get_i32(m[SELECTED] + 4 * i)
             w = layers[layer, EXPERTS + 3 * get_i32(experts + 4 * a) + 2]
@@ -171,7 +179,7 @@ def experts(mm, m, layers, layer, round, part, index, members):
             for a in range(active):
                 total = fma(splat_f32(get_f32(weights + 4 * a)), load_f32(m[Y] + a * y_bytes + k), total)
             store_f32(m[X] + k, add(load_f32(m[X] + k), total))
-        item = take(m, COUNT_DOWN, units, round, members)
+        item = take(m, COUNT_DOWN, items, round, members)
     end_phase(m, T_DOWN, index, members)
 
 
@@ -182,9 +190,11 @@ def head(mm, m, logits, index, members):
     norm_and_quantise(m, m[X], m[NORM], m[N_LAYERS], m[GROUP_0 + slot], row, act)
     count = blocks_of(m[VOCAB])
     units = (count + HEAD_UNIT - 1) // HEAD_UNIT
-    unit = take(m, COUNT_LOGITS, units, NONE, members)
-    while unit < units:
-        begin, end = unit * HEAD_UNIT, min(unit * HEAD_UNIT + HEAD_UNIT, count)
+    runs, items = runs_of(units)
+    item = take(m, COUNT_LOGITS, items, NONE, members)
+    while item < items:
+        first, last = stretch(item, runs, RUN)
+        begin, end = first * HEAD_UNIT, min(last * HEAD_UNIT, count)
         mm(slot, m[OUTPUT], m[VOCAB], m[DIM], begin, end, act, ONE, logits, NONE, NONE, NONE)
-        unit = take(m, COUNT_LOGITS, units, NONE, members)
+        item = take(m, COUNT_LOGITS, items, NONE, members)
     end_phase(m, T_HEAD, index, members)

@@ -45,6 +45,18 @@ UNIT = 8  # row blocks a member takes at a time
 QUERY_ROWS = 64  # query rows (tokens x heads of one kv head) a member takes at a time
 
 
+@njit
+def next_unit(m, counter, total, unit, end, members):
+    """The unit of a phase that a member takes after `unit`, and the end of its run; `total` or more when none is left.
+
+    Runs of neighbouring units until a sixteenth of them is left, then single ones.
+    """
+    if unit + 1 < end:
+        return unit + 1, end
+    length = max(1, total // (16 * members))
+    return stretch(atomic_add(m[COUNTERS] + counter, 1), total * 15 // 16 // length, length)
+
+
 @njit(inline=True)
 def head(mm, m, first, tokens, logits, logits_bytes, index, members):
     """Final norm and output matrix for the chunk's tokens first..first + tokens."""
@@ -52,12 +64,13 @@ def head(mm, m, first, tokens, logits, logits_bytes, index, members):
     norm_tiles(m, m[NORM], m[N_LAYERS], m[GROUP_0 + slot], first, tokens, m[ACTS], index, members)
     end_phase(m, T_NORM, index, members)
     count = blocks_of(m[VOCAB])
-    unit = atomic_add(m[COUNTERS] + COUNT_LOGITS, 1)
-    while unit * UNIT < count:
-        begin, end = unit * UNIT, min(unit * UNIT + UNIT, count)
-        unit = atomic_add(m[COUNTERS] + COUNT_LOGITS, 1)
+    units = (count + UNIT - 1) // UNIT
+    unit, end = next_unit(m, COUNT_LOGITS, units, NONE, NONE, members)
+    while unit < units:
+        first, last = unit * UNIT, min(unit * UNIT + UNIT, count)
+        unit, end = next_unit(m, COUNT_LOGITS, units, unit, end, members)
         follow = weights_at(m, slot, m[OUTPUT], m[DIM], min(unit * UNIT, count))
-        mm(slot, m[OUTPUT], m[VOCAB], m[DIM], begin, end, m[ACTS], tokens, logits, logits_bytes, scratch(m, S_PANEL, index), follow)
+        mm(slot, m[OUTPUT], m[VOCAB], m[DIM], first, last, m[ACTS], tokens, logits, logits_bytes, scratch(m, S_PANEL, index), follow)
     end_phase(m, T_HEAD, index, members)
 
 
@@ -94,15 +107,16 @@ def project(mm, put_key, put_value, m, layers, layer, tokens, position, skip, in
     q_blocks, kv_blocks = m[Q_WIDTH] // 16, m[KV_WIDTH] // 16
     q_units, kv_units = (q_blocks + UNIT - 1) // UNIT, (kv_blocks + UNIT - 1) // UNIT
     qkv_bytes = 4 * (m[Q_WIDTH] + 2 * m[KV_WIDTH])
-    panel, item = scratch(m, S_PANEL, index), atomic_add(m[COUNTERS] + COUNT_QKV, 1)
-    while item < q_units + 2 * kv_units:
-        which, begin = qkv_unit(item, q_units, kv_units)
-        item = atomic_add(m[COUNTERS] + COUNT_QKV, 1)
-        next, at = qkv_unit(min(item, q_units + 2 * kv_units - 1), q_units, kv_units)
-        follow = weights_at(m, layers[layer, WQ_SLOT + 2 * next], layers[layer, WQ + 2 * next], m[DIM], at)
-        end = min(begin + UNIT, q_blocks if which == 0 else kv_blocks)
-        first, acts = (skip, few) if which == 0 and skip else (NONE, m[ACTS])  # of a chunk's last layer few queries are wanted, but all keys
-        qkv_blocks(mm, m, layers, layer, which, begin, end, acts, tokens - first, m[QKV] + first * qkv_bytes, qkv_bytes, panel, follow)
+    panel, units = scratch(m, S_PANEL, index), q_units + 2 * kv_units
+    unit, end = next_unit(m, COUNT_QKV, units, NONE, NONE, members)
+    while unit < units:
+        which, begin = qkv_unit(unit, q_units, kv_units)
+        unit, end = next_unit(m, COUNT_QKV, units, unit, end, members)
+        after, at = qkv_unit(min(unit, units - 1), q_units, kv_units)
+        follow = weights_at(m, layers[layer, WQ_SLOT + 2 * after], layers[layer, WQ + 2 * after], m[DIM], at)
+        last = min(begin + UNIT, q_blocks if which == 0 else kv_blocks)
+        first, acts = (skip, few) if which == 0 and skip else (NONE, m[ACTS])  # in the last layer few queries are wanted, but all keys
+        qkv_blocks(mm, m, layers, layer, which, begin, last, acts, tokens - first, m[QKV] + first * qkv_bytes, qkv_bytes, panel, follow)
     end_phase(m, T_QKV, index, members)
     temp = scratch(m, S_SCORES, index)
     for t in range(tokens * index // members, tokens * (index + 1) // members):  # neighbours' keys share cache lines
@@ -160,14 +174,15 @@ def attention_output(mm, m, layers, layer, tokens, skip, index, members):
             put_in_tile(act, width, group, m[ACTS] + start * token_bytes, end - start, t - start)
     end_phase(m, T_NORM, index, members)
     blocks, x_bytes = blocks_of(m[DIM]), 4 * m[X_WIDTH]
-    unit = atomic_add(m[COUNTERS] + COUNT_OUT, 1)
-    while unit * UNIT < blocks:
-        begin, end = unit * UNIT, min(unit * UNIT + UNIT, blocks)
-        unit = atomic_add(m[COUNTERS] + COUNT_OUT, 1)
+    units = (blocks + UNIT - 1) // UNIT
+    unit, end = next_unit(m, COUNT_OUT, units, NONE, NONE, members)
+    while unit < units:
+        first, last = unit * UNIT, min(unit * UNIT + UNIT, blocks)
+        unit, end = next_unit(m, COUNT_OUT, units, unit, end, members)
         follow = weights_at(m, slot, layers[layer, WO], width, min(unit * UNIT, blocks))
-        mm(slot, layers[layer, WO], m[DIM], width, begin, end, m[ACTS], count, m[Y], x_bytes, scratch(m, S_PANEL, index), follow)
+        mm(slot, layers[layer, WO], m[DIM], width, first, last, m[ACTS], count, m[Y], x_bytes, scratch(m, S_PANEL, index), follow)
         for t in range(count):
-            add_rows(m[X] + x_bytes * (skip + t), m[Y] + x_bytes * t, begin, end)
+            add_rows(m[X] + x_bytes * (skip + t), m[Y] + x_bytes * t, first, last)
     end_phase(m, T_WO, index, members)
 
 
@@ -249,18 +264,6 @@ def used_expert(m, todo, place):
     return -1
 
 
-@njit
-def next_unit(m, counter, total, unit, end, members):
-    """The unit of a phase that a member takes after `unit`, and the end of its run; `total` or more when none is left.
-
-    Runs of neighbouring units until a sixteenth of them is left, then single ones.
-    """
-    if unit + 1 < end:
-        return unit + 1, end
-    length = max(1, total // (16 * members))
-    return stretch(atomic_add(m[COUNTERS] + counter, 1), total * 15 // 16 // length, length)
-
-
 @njit(inline=True)
 def experts(mm, m, layers, layer, tokens, skip, part, index, members):
     """Every expert on its tokens: gate and up with SwiGLU, down, then each token's weighted sum in expert order."""
@@ -275,8 +278,8 @@ def experts(mm, m, layers, layer, tokens, skip, part, index, members):
     while item < used * units:
         expert, unit = used_expert(m, todo, item // units), item % units
         item, end = next_unit(m, COUNT_GATE, used * units, item, end, members)
-        next = min(item, used * units - 1)
-        follow = gate_at(m, layers, layer, used_expert(m, todo, next // units), next % units)
+        after = min(item, used * units - 1)
+        follow = gate_at(m, layers, layer, used_expert(m, todo, after // units), after % units)
         begin, count = expert_places(m, expert)
         expert_units(mm, m, layers, layer, expert, unit, ONE, m[ACTS] + begin * in_bytes, count, gate, up, panel, follow)
         if m[OBSERVED_HIDDEN]:
@@ -294,8 +297,8 @@ def experts(mm, m, layers, layer, tokens, skip, part, index, members):
     while item < used * units:
         expert, first = used_expert(m, todo, item // units), item % units * UNIT
         item, end = next_unit(m, COUNT_DOWN, used * units, item, end, members)
-        next = min(item, used * units - 1)
-        follow = weights_at(m, down, layers[layer, EXPERTS + 3 * used_expert(m, todo, next // units) + 2], hidden, next % units * UNIT)
+        after = min(item, used * units - 1)
+        follow = weights_at(m, down, layers[layer, EXPERTS + 3 * used_expert(m, todo, after // units) + 2], hidden, after % units * UNIT)
         begin, count = expert_places(m, expert)
         w, h = layers[layer, EXPERTS + 3 * expert + 2], m[H_ACTS] + begin * h_bytes
         mm(down, w, m[DIM], hidden, first, min(first + UNIT, blocks), h, count, m[Y] + begin * x_bytes, x_bytes, panel, follow)
