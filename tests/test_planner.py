@@ -83,7 +83,7 @@ def test_bytes_of_cache_and_scratch(config, context, kv):
             weights = SimpleNamespace(
                 config=config, slots=slots, embeddings_kind=("", sizes.embeddings_group), embeddings=0, norm=0, output=0
             )
-            weights.output_slot, weights.group = 0, lambda slot: 0
+            weights.output_slot, weights.group, weights.span = 0, lambda slot: 0, lambda slot: 0
             found = RunState(weights, real, context, chunk, threads).nbytes
             planned = planner.scratch_bytes(config, sizes, context, kv, threads, chunk)
             assert abs(planned - found) <= (1 << 16) + threads * 17 * config.hidden_dim
