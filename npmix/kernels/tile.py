@@ -88,7 +88,7 @@ def ahead_of(blocks, height):
     Sums of several tokens fill the window in which a processor looks ahead for what it must load: with one stream of weights and
     8 KiB ahead prompts of 16 to 64 tokens take a fifth less time; with two streams, or 1 KiB ahead, more than without. Zen 5
     gains with one token too, from fetching into the first cache; a single line of each chunk still further ahead sets off the
-    processor's own fetching there.
+    processor's own fetching there. Distances that are good while its memory is slow and while it is fast differ: these are both's.
     """
     if in_panel(blocks, height):
         return ()

@@ -15,7 +15,7 @@ from .state import RunState
 from .weights import Weights
 
 SMALL = 8 << 20  # bytes of weights per decoded token below which a second thread costs more than it brings
-AT_ONCE = 256  # tokens times layers in one call of a prompt's kernel: it takes 0.15 ms to wake the team, and Ctrl-C waits for its end
+AT_ONCE = 64  # tokens times layers in one call of a prompt's kernel: to wake the team takes 0.15 ms, but Ctrl-C waits for its end
 
 
 class Forward:
@@ -77,17 +77,19 @@ class Forward:
     def prefill(self, tokens: np.ndarray, position: int, wanted: str = "last", on_layer=None) -> np.ndarray | None:
         """One chunk of tokens at `position`.. through all layers; logits of its "last" (1, V), "all" (T, V) or "none" of them.
 
-        "later": none now, but `head` may be asked for any of them until something else is computed.
+        "later": none now, but `head` may be asked for any of them until something else is computed. on_layer(layer): every layer up to
+        this one is done; few tokens pass several between two calls.
         """
         self._begin()
         count, self._wanted = len(tokens), wanted
         self.state.array(t.TOKENS)[:count] = tokens
         skip = count - 1 if wanted in ("last", "none") else 0  # nothing else: there is room for one more row
-        at_once = 1 if on_layer else max(1, AT_ONCE // count)
+        at_once = max(1, AT_ONCE // count)
         for first in range(0, self.config.n_layers, at_once):
-            self._prefill(count, position, first, min(first + at_once, self.config.n_layers), skip)
+            last = min(first + at_once, self.config.n_layers)
+            self._prefill(count, position, first, last, skip)
             if on_layer:
-                on_layer(first)
+                on_layer(last - 1)
         if wanted in ("none", "later"):
             self._check(None, position, count)
             return None
