@@ -98,7 +98,8 @@ class Engine:
                 time.sleep(0.02)
 
     def prefill(self, ids, on_progress=None) -> np.ndarray:
-        """Append ids to the sequence; float32 logits (V,) of the last. on_progress(done, total) counts tokens times layers.
+        """Append ids to the sequence; float32 logits (V,) of the last. on_progress(done, total) counts tokens times layers; few
+        tokens pass several layers between two calls.
 
         Raises InputError for no ids or ids outside the vocabulary, ContextError before the cache would overflow;
         neither changes the sequence.

@@ -12,6 +12,7 @@ from make import tiny_arrays, tiny_hf
 
 from npmix.engine import DEFAULT_CHUNK, DEFAULT_CONTEXT, Engine
 from npmix.errors import CheckpointError, ContextError, EngineError, InputError
+from npmix.model import forward
 from npmix.threads import default_threads
 
 MODEL = {"num_hidden_layers": 3, "hidden_size": 48, "intermediate_size": 48, "max_position_embeddings": 64, "vocab_size": 100}
@@ -200,11 +201,21 @@ def test_reset_of_a_ring_after_an_interruption(tmp_path):
         assert (engine.prefill(ids[150:350]) == expected[349]).all()
 
 
-def test_progress(engine):
-    """on_progress counts tokens times layers up to the total, and an exception from it leaves whole chunks behind."""
-    seen = []
-    expected = engine.prefill(IDS, lambda done, total: seen.append((done, total)))
-    assert seen == [(4, 18), (8, 18), (12, 18), (14, 18), (16, 18), (18, 18)]
+def test_progress(engine, monkeypatch):
+    """on_progress counts tokens times layers up to the total, at least AT_ONCE of them or a layer later each time, with the same logits, and an
+    exception from it leaves whole chunks behind."""
+    expected = engine.prefill(IDS)
+    reports = {
+        forward.AT_ONCE: [(12, 18), (18, 18)],
+        8: [(8, 18), (12, 18), (18, 18)],
+        1: [(4, 18), (8, 18), (12, 18), (14, 18), (16, 18), (18, 18)],
+    }
+    for at_once, report in reports.items():
+        monkeypatch.setattr(forward, "AT_ONCE", at_once)
+        engine.reset()
+        seen = []
+        assert (engine.prefill(IDS, lambda done, total, seen=seen: seen.append((done, total))) == expected).all()
+        assert seen == report
     engine.reset()
 
     def interrupt(done, total):
@@ -398,6 +409,6 @@ def test_one_call_at_a_time(folder):
                 told.append(done)
 
         row = engine.prefill(IDS, meanwhile)
-        assert len(told) == 4 * 3 and engine.position == len(IDS)
+        assert len(told) == 4 and engine.position == len(IDS)
         engine.reset()
         assert (engine.prefill(IDS) == row).all()
