@@ -180,8 +180,8 @@ def _packed(name, group):
             for block in range(first, last, BLOCKS):
                 y, at, both = out + 64 * block, w + block * block_bytes, block + BLOCKS <= last  # an odd last block is paired with itself
                 next_bytes, next_block = (block_bytes, 64) if both else (0, 0)
-                next = at + BLOCKS * block_bytes if block + BLOCKS < last else after
-                pair(at, next_bytes, n_groups, acts, token_bytes, tokens, y, out_bytes, next_block, next, BLOCKS * block_bytes, panel)
+                ahead = at + BLOCKS * block_bytes if block + BLOCKS < last else after
+                pair(at, next_bytes, n_groups, acts, token_bytes, tokens, y, out_bytes, next_block, ahead, BLOCKS * block_bytes, panel)
 
     return packed_matmul
 
