@@ -23,12 +23,14 @@ from .phases import (
     guess,
     head_row,
     keys_of,
+    long_runs,
     norm_and_check,
     norm_and_quantise,
     qkv_blocks,
     route,
     scratch,
     source_of,
+    stretch,
     unit_to_acts,
     values_of,
 )
@@ -47,15 +49,6 @@ def take(m, counter, items, round, members):
     Each round takes items + members off the counter: every member finds the end once.
     """
     return atomic_add(m[COUNTERS] + counter, 1) - round * (items + members)
-
-
-@njit
-def stretch(item, runs, length):
-    """(first, end) of what item number `item` stands for: `runs` items of `length` each, then single ones."""
-    if item < runs:
-        return item * length, item * length + length
-    first = item + runs * (length - 1)
-    return first, first + 1
 
 
 @njit
@@ -106,8 +99,7 @@ def blocks(attend_block, m, layer, round, position, index, members):
     oldest = max(0, position - m[WINDOW] + 1) // BLOCK
     count = position // BLOCK - oldest + 1
     part_bytes, units = 4 * (16 + width), m[N_KV_HEADS] * count
-    length = max(1, units // (16 * members))  # a block fetches the next one, so that should be the same member's
-    runs = units * 15 // 16 // length
+    runs, length = long_runs(units, members)  # a block fetches the next one, so that should be the same member's
     items = units - runs * (length - 1)
     item = take(m, COUNT_ATTENTION, items, round, members)
     while item < items:

@@ -53,6 +53,22 @@ def scratch(m, column, index):
 
 
 @njit
+def long_runs(units, members):
+    """(runs, units in each): neighbours for a sixteenth of a member's share at a time, until a sixteenth of all is left for single ones."""
+    length = max(1, units // (16 * members))
+    return units * 15 // 16 // length, length
+
+
+@njit
+def stretch(item, runs, length):
+    """(first, end) of what item number `item` stands for: `runs` items of `length` each, then single ones."""
+    if item < runs:
+        return item * length, item * length + length
+    first = item + runs * (length - 1)
+    return first, first + 1
+
+
+@njit
 def start_clock(m, index):
     if index == 0:
         put_i64(m[CLOCKS], ticks())

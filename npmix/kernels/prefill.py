@@ -13,7 +13,6 @@ from numpy import float32 as F
 from ..formats import EXPERT_UNIT
 from ._jit import njit
 from .attention import BLOCK, TALLEST, clear, finish, merge
-from .decode import stretch
 from .matmul import act_bytes, n_tiles
 from .observe import keep_row, keep_units
 from .ops import add, atomic_add, fma, get_f32, get_i32, load_f32, put_i32, put_i64, splat_f32, store_f32
@@ -28,12 +27,14 @@ from .phases import (
     guess,
     head_row,
     keys_of,
+    long_runs,
     norm_and_check,
     norm_and_quantise,
     qkv_blocks,
     route,
     scratch,
     source_of,
+    stretch,
     unit_to_acts,
     values_of,
     weights_at,
@@ -47,14 +48,11 @@ QUERY_ROWS = 64  # query rows (tokens x heads of one kv head) a member takes at 
 
 @njit
 def next_unit(m, counter, total, unit, end, members):
-    """The unit of a phase that a member takes after `unit`, and the end of its run; `total` or more when none is left.
-
-    Runs of neighbouring units until a sixteenth of them is left, then single ones.
-    """
+    """The unit of a phase that a member takes after `unit`, and the end of its run (`long_runs`); `total` or more when none is left."""
     if unit + 1 < end:
         return unit + 1, end
-    length = max(1, total // (16 * members))
-    return stretch(atomic_add(m[COUNTERS] + counter, 1), total * 15 // 16 // length, length)
+    runs, length = long_runs(total, members)
+    return stretch(atomic_add(m[COUNTERS] + counter, 1), runs, length)
 
 
 @njit(inline=True)
