@@ -123,9 +123,10 @@ class Engine:
     def step(self, token: int) -> np.ndarray:
         """Append one token; float32 logits (V,)."""
         with self._at_work():
-            ids = self._checked([token])
+            if type(token) is not int or not 0 <= token < self.config.vocab_size:
+                token = int(self._checked([token])[0])  # arrays take longer than a small model's token
             self._room(1)
-            return self._step(int(ids[0]))
+            return self._step(token)
 
     def _step(self, token: int) -> np.ndarray:
         self._written = max(self._written, self.position + 1)

@@ -15,13 +15,14 @@ from .decode import attention as token_attention
 from .decode import choose_experts as token_choice
 from .decode import experts as token_experts
 from .decode import head as token_head
-from .ops import get_i32
+from .ops import get_i32, get_i64
 from .phases import NONE, end_phase, matmul_by_slot, scratch, start_clock
 from .prefill import attention, attention_output, choose_experts, experts, head, project
 from .proof import prove
 from .rows import embedder
 from .simd import i64
 from .tables import *  # noqa: F403
+from .team import WORK, barrier, called, make_call
 
 DECODE, PREFILL, HEAD = range(3)
 
@@ -29,7 +30,8 @@ DECODE, PREFILL, HEAD = range(3)
 @functools.lru_cache(maxsize=None)
 def entry(slots, embeddings, kv):
     """The kernel of a model with these slots (`phases.matmul_by_slot`), embeddings (`rows.embedder`) and KV cache:
-    (work, m, layers, a, b, c, d, e, part, index, members); part: of each layer (`tables.ROUTE`). Counters must be 0.
+    (m, layers, index, members) for `Team.call`; part: of each layer (`tables.ROUTE`). Counters must be 0. WORK of the team's cells holds
+    (work, a, b, c, d, e, part), and a to e are of
 
     work DECODE: token, position, first layer, last layer, address of the logits or 0. The token is embedded when the first layer is 0.
     work PREFILL: tokens, position of the first one, first layer, last layer, skip (in the model's last layer). They are embedded when the
@@ -41,8 +43,8 @@ def entry(slots, embeddings, kv):
     mm, embed, attend_block = matmul_by_slot(slots), embedder(*embeddings), attend(kv)
     put_key, put_value = cache_rows(kv)
 
-    @njit(entry=f"{slots} {embeddings} {kv}")
-    def run(work, m, layers, a, b, c, d, e, part, index, members):
+    @njit
+    def once(work, m, layers, a, b, c, d, e, part, index, members):
         start_clock(m, index)
         if work == DECODE:
             token, position, first, last, logits = a, b, c, d, e
@@ -76,6 +78,18 @@ def entry(slots, embeddings, kv):
         else:
             head(mm, m, a, b, c, d, index, members)
 
+    @njit(entry=f"{slots} {embeddings} {kv}")
+    def run(m, layers, index, members):
+        at = m[TEAM] + WORK
+        if index == 0:
+            make_call(m[TEAM])
+        while index == 0 or called(m[TEAM], index):
+            a, b, c, d, e = get_i64(at + 8), get_i64(at + 16), get_i64(at + 24), get_i64(at + 32), get_i64(at + 40)
+            once(get_i64(at), m, layers, a, b, c, d, e, get_i64(at + 48), index, members)
+            barrier(m[TEAM], members)
+            if index == 0:
+                return
+
     return run
 
 
@@ -83,4 +97,4 @@ def load(run, formats: set[str]) -> None:
     """Compile an entry, or load it from the disk cache, before its first call. formats: those of the model's weights."""
     if not DISABLED:
         prove(tuple(sorted(name for name in formats if name in PACKED and PACKED[name].values)))
-        run.compile((i64, i64[::1], i64[:, ::1]) + (i64,) * 8)
+        run.compile((i64[::1], i64[:, ::1], i64, i64))

@@ -77,7 +77,7 @@ def start_clock(m, index):
 @njit
 def end_phase(m, phase, index, members):
     """Wait for all members; member 0 adds the ticks since the last phase ended to this one's."""
-    barrier(m[BARRIER], members)
+    barrier(m[TEAM], members)
     if index == 0:
         now = ticks()
         put_i64(m[CLOCKS] + 8 * phase, get_i64(m[CLOCKS] + 8 * phase) + now - get_i64(m[CLOCKS]))

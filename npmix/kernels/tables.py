@@ -25,7 +25,7 @@ LAYERS_AHEAD = 3
     X, QKV, Q, ATT, ROWS, ACTS, H_ACTS, Y, PARTS,
     TOKENS, CHOICE, CHOICE_WEIGHT, ORDER, RANK, STARTS,
     SCRATCH, SCRATCH_BYTES, S_ROW, S_ACT, S_GATE, S_UP, S_LOGITS, S_CHOICE, S_SCORES, S_PARTS, S_RUNNING, S_PANEL,
-    COUNTERS, BARRIER, CLOCKS, STATUS,
+    COUNTERS, TEAM, CLOCKS, STATUS,
 ) = map(_int64, range(66))  # fmt: skip
 # what calibration keeps of a layer's inputs as float32 rows, or 0: see `observe.py`
 OBSERVED_NORMED, OBSERVED_ROWS, OBSERVED_HIDDEN = range(STATUS + 1, STATUS + 4)

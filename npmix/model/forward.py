@@ -9,13 +9,13 @@ import numpy as np
 from ..errors import NumericsError
 from ..kernels import tables as t
 from ..kernels.entry import DECODE, HEAD, PREFILL, entry, load
-from ..kernels.team import Team
+from ..kernels.team import WORK, Team
 from .kv_cache import KVCache
 from .state import RunState
 from .weights import Weights
 
 SMALL = 8 << 20  # bytes of weights per decoded token below which a second thread costs more than it brings
-AT_ONCE = 64  # tokens times layers in one call of a prompt's kernel: to wake the team takes 0.15 ms, but Ctrl-C waits for its end
+AT_ONCE = 64  # tokens times layers in one call of a prompt's kernel: a call costs some microseconds, but Ctrl-C waits for its end
 
 
 class Forward:
@@ -30,6 +30,7 @@ class Forward:
         self.cache = KVCache(self.config, context, chunk, kv)
         self.state = RunState(weights, self.cache, context, chunk, threads)
         self.team = Team(threads)
+        self.state.m[t.TEAM] = self.team.address
         self._alone = Team(1)
         self._kernel = entry(tuple(weights.slots), weights.embeddings_kind, kv)
         self._width = -(-self.config.vocab_size // 16) * 16
@@ -63,16 +64,20 @@ class Forward:
         self._decode_part(token, position, 0, self.config.n_layers, logits)
 
     def _decode_part(self, token: int, position: int, first: int, last: int, logits: int, part: int = 0) -> None:
-        self.state.array(t.COUNTERS)[:] = 0
-        self.decode_team.run(self._kernel, DECODE, self.state.m, self.weights.layers, token, position, first, last, logits, part)
+        self._call(self.decode_team, DECODE, token, position, first, last, logits, part)
 
     def _prefill(self, count: int, position: int, first: int, last: int, skip: int) -> None:
         """Layers first..last of the chunk in TOKENS; skip: tokens that only fill the cache in the model's last layer."""
         self._prefill_part(count, position, first, last, skip)
 
     def _prefill_part(self, count: int, position: int, first: int, last: int, skip: int, part: int = 0) -> None:
+        self._call(self.team, PREFILL, count, position, first, last, skip, part)
+
+    def _call(self, team: Team, *work: int) -> None:
+        """What the kernel is to do, as `entry` says."""
         self.state.array(t.COUNTERS)[:] = 0
-        self.team.run(self._kernel, PREFILL, self.state.m, self.weights.layers, count, position, first, last, skip, part)
+        self.team.cells[WORK // 8 :][: len(work)] = work
+        team.call(self._kernel, self.state.m, self.weights.layers)
 
     def prefill(self, tokens: np.ndarray, position: int, wanted: str = "last", on_layer=None) -> np.ndarray | None:
         """One chunk of tokens at `position`.. through all layers; logits of its "last" (1, V), "all" (T, V) or "none" of them.
@@ -106,9 +111,7 @@ class Forward:
 
     def _head(self, first: int, count: int) -> np.ndarray:
         rows = np.zeros((count, self._width), np.float32)
-        self.state.array(t.COUNTERS)[:] = 0
-        address = rows.__array_interface__["data"][0]
-        self.team.run(self._kernel, HEAD, self.state.m, self.weights.layers, first, count, address, rows.strides[0], 0, 0)
+        self._call(self.team, HEAD, first, count, rows.__array_interface__["data"][0], rows.strides[0], 0, 0)
         return rows
 
     def layer(self, layer: int, tokens: np.ndarray, position: int, rows: np.ndarray | None) -> np.ndarray:

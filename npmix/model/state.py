@@ -84,7 +84,6 @@ class RunState:
         self._new(t.RANK, (pairs,), np.int32)
         self._new(t.STARTS, (c.n_experts + 1,), np.int32)
         self._new(t.COUNTERS, (t.COUNTERS_BYTES,), np.uint8)
-        self._new(t.BARRIER, (128,), np.uint8)
         self._new(t.CLOCKS, (1 + len(t.PHASES),), np.int64)
         self._new(t.STATUS, (2,), np.int64)
         self._new(t.SELECTED, (c.n_experts,), np.int32)[:] = np.arange(c.n_experts)

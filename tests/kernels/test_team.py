@@ -10,7 +10,7 @@ from kernel_tools import address, child
 from npmix.kernels import team as team_module
 from npmix.kernels._jit import DISABLED, njit
 from npmix.kernels.ops import atomic_add, get_i64, put_i64
-from npmix.kernels.team import Team, barrier
+from npmix.kernels.team import WORK, Team, barrier, called, make_call
 
 ROUNDS = 40
 
@@ -109,6 +109,78 @@ def test_an_interrupt_leaves_nobody_at_work(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         team.run(kernel)
     assert finished == [1]
+    team.close()
+
+
+@njit
+def _served(cells, seen, index, members):
+    """Each member adds the number at WORK to its own place of `seen`, so that only calls served once each and in order give the right sum."""
+    if index == 0:
+        make_call(cells)
+    while index == 0 or called(cells, index):
+        at = seen + 64 * index
+        put_i64(at, (3 * get_i64(at) + get_i64(cells + WORK)) % 1_000_003)
+        barrier(cells, members)
+        if index == 0:
+            return
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_calls(size):
+    """Every member serves every call once and in order, whether it is still in the kernel or has long left it, or ran something else
+    meanwhile; when a call returns, all have served it."""
+    team, cell = Team(size), cells()
+    seen, counters, rounds = np.zeros((size, 8), np.int64), np.zeros(4, np.int64), np.zeros((4, size), np.int64)
+    members = 1 if DISABLED else size
+    expected = 0
+    try:
+        for call in range(1, 400):
+            team.cells[WORK // 8] = call
+            team.call(_served, team.address, address(seen))
+            expected = (3 * expected + call) % 1_000_003
+            assert seen[:members, 0].tolist() == [expected] * members
+            if call % 40 == 0:
+                time.sleep(0.05)  # nobody stays so long
+            if call % 50 == 0:
+                team.run(_rounds, address(cell), address(counters), address(rounds), 4)
+    finally:
+        team.close()
+
+
+@pytest.mark.compiled
+def test_nobody_stays_for_long():
+    """Members that wait for a call give the processor back soon, and close ends them at once, also in the midst of waiting; then the
+    team starts anew."""
+    team, seen = Team(2), np.zeros((2, 8), np.int64)
+    before = members()
+    team.call(_served, team.address, address(seen))
+    time.sleep(0.5)
+    begin = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - begin < 0.25
+    for call in range(3):
+        team.call(_served, team.address, address(seen))
+        mine = members() - before
+        assert len(mine) == 1
+        team.close()
+        assert gone(mine)
+
+
+@pytest.mark.compiled
+def test_an_interrupted_call_is_served_by_all(monkeypatch):
+    """A Ctrl-C while the others are woken is raised at the call's end, when all have served it; the next call is sound."""
+    team, seen, wake_up = Team(2), np.zeros((2, 8), np.int64), team_module._wake_up
+
+    def interrupted(lock):
+        monkeypatch.setattr(team_module, "_wake_up", wake_up)
+        raise KeyboardInterrupt
+
+    team.cells[WORK // 8] = 1
+    for count in (1, 4):
+        monkeypatch.setattr(team_module, "_wake_up", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            team.call(_served, team.address, address(seen))
+        assert seen[:, 0].tolist() == [count, count]
     team.close()
 
 
