@@ -96,6 +96,13 @@ def prefetching() -> str:
     return "far" if zen.isdigit() and int(zen) >= 5 else "none"
 
 
+def multishift_takes_dots_ports() -> bool:
+    """Whether selecting bits of each byte (vpmultishiftqb) goes through the ports of the int8 dot, as on AMD's cores from Zen 5 on: beside
+    dots it takes half a cycle there, where a shift and a shuffle of bytes take 0.11 together.
+    """
+    return prefetching() == "far"
+
+
 def looks_up_bytes() -> bool:
     """Whether one instruction reads any of 128 bytes by index in each byte (AVX-512 VBMI), beside the widest form."""
     return form() == "avx512vnni" and "avx512vbmi" in features()

@@ -132,8 +132,8 @@ class _PackedLoops:
         self.ahead = ahead_of(blocks, height)
         self.next = (ahead, ahead_step)  # a tile's own stream, or what comes after a panel: never both
         self.whole = builder.mul(n_groups, const_i64(span_bytes(name, group) // 2))
-        self.source = Unpacker(builder, name, group)
-        self.chains = 4 if len(self.cells) < 3 else 2 if len(self.cells) < 6 else 1  # few cells: split sums, or the dot's latency shows
+        self.source = Unpacker(builder, name, group, height)
+        self.chains = 4 if len(self.cells) < 3 else 2 if len(self.cells) < 8 else 1  # few cells: split sums, or the dot's latency shows
         if cpu.form() == "avx2":
             self.chains = 1  # its dots end in an addition, and it has half the registers
         self.chunks = group // CHUNK

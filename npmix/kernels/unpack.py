@@ -17,6 +17,8 @@ from .dot import multiplies_sums
 from .outline import outlined
 from .simd import call, const_i32, const_i64, const_vector, i64, join, load, op, peek, poke, scalar, shuffle, splat, store, vector, void
 
+MANY_DOTS = 4  # of each vector, from which on ports count more than instructions
+
 
 @functools.lru_cache(maxsize=None)
 def table(name: str) -> np.ndarray:
@@ -26,11 +28,16 @@ def table(name: str) -> np.ndarray:
 
 
 class Unpacker:
-    """The chunks of one row block of a packed matrix, being read in a function that is written."""
+    """The chunks of one row block of a packed matrix, being read in a function that is written.
 
-    def __init__(self, builder, name, group):
+    dots: how many take each vector, so which of the processor's ports are free.
+    """
+
+    def __init__(self, builder, name, group, dots=0):
         self.builder, self.name, self.spec, self.group = builder, name, PACKED[name], group
+        self._spare_dots = dots >= MANY_DOTS and cpu.multishift_takes_dots_ports()
         self.chunk_bytes = CHUNK * 2 * self.spec.bits
+        self._lines = {}
         self._vbmi = bool(self.spec.values) and cpu.looks_up_bytes()
         self.by_sub_blocks = multiplies_sums() and self.spec.selector_bits > 0 and len(self.spec.values) == 1
 
@@ -95,11 +102,16 @@ class Unpacker:
         """The codes of vector i in the low bits of each byte; what stands above them is not cleared."""
         builder, index, low, at = self.builder, None, 0, 0
         for p in self.spec.planes:
-            line = load(builder, builder.add(codes, const_i64(at + i // (8 // p) * 64)), vector("i8", 64))
-            part = self._shift_bits(line, p * (i % (8 // p)) - low)
+            part = self._shift_bits(self._line(codes, at + i // (8 // p) * 64), p * (i % (8 // p)) - low)
             index = part if index is None else self._select(low, index, part)
             low, at = low + p, at + CHUNK * 2 * p
         return index
+
+    def _line(self, codes, at):
+        """A line of codes, loaded once for all its vectors: LLVM would load it again after each prefetch, and loads are what is short."""
+        if (codes, at) not in self._lines:
+            self._lines[codes, at] = load(self.builder, self.builder.add(codes, const_i64(at)), vector("i8", 64))
+        return self._lines[codes, at]
 
     def _shift_bits(self, value, count):
         """Bytes shifted right (left if negative); bits that come from a neighbour land where nobody looks."""
@@ -123,8 +135,14 @@ class Unpacker:
         """AVX-512 VBMI: the selector joins the code, and one permutation of bytes reads the whole table."""
         builder, spec, kind = self.builder, self.spec, vector("i8", 64)
         first = spec.selector_bits * (4 * i // spec.per) - spec.bits  # which bits of each lane become bits 0..7 of its bytes
-        control = const_vector("i8", 64, [(first + 32 * (b // 4)) % 64 for b in range(8)] * 8)
-        picked = call(builder, "llvm.x86.avx512.pmultishift.qb.512", kind, control, builder.bitcast(selectors, kind))
+        if self._spare_dots:
+            by = const_vector("i32", 16, abs(first))
+            moved = builder.lshr(selectors, by) if first > 0 else builder.shl(selectors, by)
+            lowest = const_vector("i8", 64, [b // 4 * 4 for b in range(16)] * 4)
+            picked = call(builder, "llvm.x86.avx512.pshuf.b.512", kind, builder.bitcast(moved, kind), lowest)
+        else:
+            control = const_vector("i8", 64, [(first + 32 * (b // 4)) % 64 for b in range(8)] * 8)
+            picked = call(builder, "llvm.x86.avx512.pmultishift.qb.512", kind, control, builder.bitcast(selectors, kind))
         index = self._select(spec.bits, index, picked)
         whole = (table(self.name).view(np.uint8) ^ 128).ravel().tolist()  # 64 or 128: bits above the index do not matter
         if len(whole) == 64:
