@@ -18,6 +18,7 @@ from .phases import (
     ONE,
     add_rows,
     blocks_of,
+    check_logits,
     end_phase,
     expert_units,
     guess,
@@ -188,5 +189,6 @@ def head(mm, m, logits, index, members):
         first, last = stretch(item, runs, RUN)
         begin, end = first * HEAD_UNIT, min(last * HEAD_UNIT, count)
         mm(slot, m[OUTPUT], m[VOCAB], m[DIM], begin, end, act, ONE, logits, NONE, NONE, NONE)
+        check_logits(m, logits, begin, end)
         item = take(m, COUNT_LOGITS, items, NONE, members)
     end_phase(m, T_HEAD, index, members)

@@ -12,7 +12,7 @@ from numpy import float32 as F
 from ..formats import EXPERT_UNIT
 from ._jit import njit
 from .matmul import absent, matmul, row_block_at
-from .ops import add, get_f32, get_i64, load_f32, put_f32, put_i64, store_f32, ticks
+from .ops import add, fma, get_f32, get_i64, load_f32, put_f32, put_i64, splat_f32, store_f32, sum_f32, ticks
 from .router import choose
 from .rows import quantise_group, quantise_row, rms_norm, rope, swiglu
 from .tables import *  # noqa: F403  (the columns)
@@ -90,6 +90,16 @@ def norm_and_check(m, x, weight, source, out):
     squares = rms_norm(x, weight, m[DIM], blocks_of(m[DIM]) * 16, get_f32(m[NUMBERS]), out)
     if not squares < F(np.inf) and get_i64(m[STATUS] + BAD_LAYER) == 0:
         put_i64(m[STATUS] + BAD_LAYER, source)
+
+
+@njit
+def check_logits(m, logits, first, last):
+    """Note it when logits of row blocks first..last of one token are not finite: the source is then one past the last layer's."""
+    taint = splat_f32(F(0.0))
+    for k in range(64 * first, 64 * last, 64):
+        taint = fma(load_f32(logits + k), splat_f32(F(0.0)), taint)
+    if not sum_f32(taint) == F(0.0) and get_i64(m[STATUS] + BAD_LAYER) == 0:
+        put_i64(m[STATUS] + BAD_LAYER, m[N_LAYERS] + 1)
 
 
 @njit(inline=True)

@@ -21,6 +21,7 @@ from .phases import (
     ONE,
     add_rows,
     blocks_of,
+    check_logits,
     end_phase,
     expert_units,
     gate_at,
@@ -69,6 +70,8 @@ def head(mm, m, first, tokens, logits, logits_bytes, index, members):
         unit, end = next_unit(m, COUNT_LOGITS, units, unit, end, members)
         follow = weights_at(m, slot, m[OUTPUT], m[DIM], min(unit * UNIT, count))
         mm(slot, m[OUTPUT], m[VOCAB], m[DIM], first, last, m[ACTS], tokens, logits, logits_bytes, scratch(m, S_PANEL, index), follow)
+        for t in range(tokens):
+            check_logits(m, logits + t * logits_bytes, first, last)
     end_phase(m, T_HEAD, index, members)
 
 

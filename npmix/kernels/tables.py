@@ -45,7 +45,7 @@ ROUTE, GATE_UP, DOWN, SUM, PART = 1, 2, 4, 8, 16
 ) = range(15)  # fmt: skip
 
 # STATUS: int64 cells that kernels set and the engine reads
-BAD_LAYER = 0  # byte offset: the first layer, from 1, whose output is not finite; -1 the embeddings; 0 none
+BAD_LAYER = 0  # byte offset: the first layer, from 1, whose output is not finite; -1 the embeddings; N_LAYERS + 1 the logits; 0 none
 SATURATED = 8  # byte offset: whether a float16 cache write was saturated
 
 # COUNTERS: one cache line a phase of dynamic work

@@ -34,7 +34,7 @@ class Forward:
         self._alone = Team(1)
         self._kernel = entry(tuple(weights.slots), weights.embeddings_kind, kv)
         self._width = -(-self.config.vocab_size // 16) * 16
-        self._row = np.zeros((1, self._width), np.float32)
+        self._row = self._rows(1)  # of the last token
         self.decode_team = self._alone if weights.bytes_per_token() < SMALL else self.team
         self.saturated = False  # a key or value did not fit float16
         self._wanted, self._loaded = "all", False
@@ -56,7 +56,7 @@ class Forward:
         row = self._row
         address = row.__array_interface__["data"][0]
         self._decode(token, position, address)
-        self._check(row, position, 1)
+        self._check(position, 1)
         return row[0, : self.config.vocab_size].copy()
 
     def _decode(self, token: int, position: int, logits: int) -> None:
@@ -80,7 +80,8 @@ class Forward:
         team.call(self._kernel, self.state.m, self.weights.layers)
 
     def prefill(self, tokens: np.ndarray, position: int, wanted: str = "last", on_layer=None) -> np.ndarray | None:
-        """One chunk of tokens at `position`.. through all layers; logits of its "last" (1, V), "all" (T, V) or "none" of them.
+        """One chunk of tokens at `position`.. through all layers; logits of its "last" (1, V), "all" (T, V) or "none" of them. The last
+        one's are a view that the next call overwrites.
 
         "later": none now, but `head` may be asked for any of them until something else is computed. on_layer(layer): every layer up to
         this one is done; few tokens pass several between two calls.
@@ -96,22 +97,25 @@ class Forward:
             if on_layer:
                 on_layer(last - 1)
         if wanted in ("none", "later"):
-            self._check(None, position, count)
+            self._check(position, count)
             return None
-        first = count - 1 if wanted == "last" else 0
-        rows = self._head(first, count - first)
-        self._check(rows, position, count)
+        rows = self._head(count - 1, self._row) if wanted == "last" else self._head(0, self._rows(count))
+        self._check(position, count)
         return rows[:, : self.config.vocab_size]
 
     def head(self, first: int, count: int, position: int) -> np.ndarray:
         """Logits (count, V) of rows first.. of the chunk that was prefilled last; `position`: where the first of them stands."""
-        rows = self._head(first, count)
-        self._check(rows, position, count)
+        rows = self._head(first, self._rows(count))
+        self._check(position, count)
         return rows[:, : self.config.vocab_size]
 
-    def _head(self, first: int, count: int) -> np.ndarray:
-        rows = np.zeros((count, self._width), np.float32)
-        self._call(self.team, HEAD, first, count, rows.__array_interface__["data"][0], rows.strides[0], 0, 0)
+    def _rows(self, count: int) -> np.ndarray:
+        """Room for the logits of `count` tokens: whole row blocks."""
+        return np.zeros((count, self._width), np.float32)
+
+    def _head(self, first: int, rows: np.ndarray) -> np.ndarray:
+        """Logits of the chunk's tokens from `first` on into rows."""
+        self._call(self.team, HEAD, first, len(rows), rows.__array_interface__["data"][0], rows.strides[0], 0, 0)
         return rows
 
     def layer(self, layer: int, tokens: np.ndarray, position: int, rows: np.ndarray | None) -> np.ndarray:
@@ -126,18 +130,19 @@ class Forward:
         if layer:
             x[:count] = rows
         self._prefill(count, position, layer, layer + 1, 0)
-        self._check(None, position, count)
+        self._check(position, count)
         return x[:count]
 
-    def _check(self, rows: np.ndarray | None, position: int, count: int) -> None:
-        """Raise NumericsError when a kernel saw a number that is not finite, or logits are not; what it cached is erased."""
+    def _check(self, position: int, count: int) -> None:
+        """Raise NumericsError when a kernel saw a number that is not finite; what it cached is erased."""
         status = self.state.array(t.STATUS)
         self.saturated = self.saturated or bool(status[t.SATURATED // 8])
         bad, status[t.BAD_LAYER // 8] = int(status[t.BAD_LAYER // 8]), 0
-        if not bad and (rows is None or np.isfinite(rows[:, : self.config.vocab_size]).all()):
+        if not bad:
             return
         self.cache.erase(position, count)
-        where = "the embeddings" if bad < 0 else f"layer {bad - 1} (of 0..{self.config.n_layers - 1})" if bad else "the output matrix"
+        layers = self.config.n_layers
+        where = "the embeddings" if bad < 0 else "the output matrix" if bad > layers else f"layer {bad - 1} (of 0..{layers - 1})"
         raise NumericsError(f"not finite: the first bad numbers came out of {where}; check the weights with `npmix verify`")
 
     def phase_ticks(self) -> dict[str, int]:

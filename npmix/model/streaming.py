@@ -79,9 +79,9 @@ class StreamingForward(Forward):
             for arrival in arrivals:
                 self._prefill_part(count, position, layer, layer + 1, skip, self._select(arrival.experts, arrival))
 
-    def _head(self, first: int, count: int) -> np.ndarray:
+    def _head(self, first: int, rows: np.ndarray) -> np.ndarray:
         self.residency.check()
-        return super()._head(first, count)
+        return super()._head(first, rows)
 
     def _select_all(self) -> None:
         self.state.array(t.SELECTED)[:] = self._all
