@@ -100,7 +100,7 @@ class Unpacker:
 
     def _index(self, codes, i):
         """The codes of vector i in the low bits of each byte; what stands above them is not cleared."""
-        builder, index, low, at = self.builder, None, 0, 0
+        index, low, at = None, 0, 0
         for p in self.spec.planes:
             part = self._shift_bits(self._line(codes, at + i // (8 // p) * 64), p * (i % (8 // p)) - low)
             index = part if index is None else self._select(low, index, part)
