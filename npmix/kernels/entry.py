@@ -43,49 +43,46 @@ def entry(slots, embeddings, kv):
     mm, embed, attend_block = matmul_by_slot(slots), embedder(*embeddings), attend(kv)
     put_key, put_value = cache_rows(kv)
 
-    @njit
-    def once(work, m, layers, a, b, c, d, e, part, index, members):
-        start_clock(m, index)
-        if work == DECODE:
-            token, position, first, last, logits = a, b, c, d, e
-            if first == 0 and part <= ROUTE and index == 0:
-                embed(m[EMBEDDINGS], token, m[DIM], m[X], scratch(m, S_PANEL, index))
-            end_phase(m, T_EMBED, index, members)
-            for layer in range(first, last):
-                if part <= ROUTE:
-                    token_attention(mm, attend_block, put_key, put_value, m, layers, layer, layer - first, position, index, members)
-                    token_choice(mm, m, layers, layer, part, index, members)
-                if part != ROUTE:
-                    token_experts(mm, m, layers, layer, layer - first, part, index, members)
-            if logits:
-                token_head(mm, m, logits, index, members)
-        elif work == PREFILL:
-            tokens, position, first, last = a, b, c, d
-            if first == 0 and part <= ROUTE:
-                for t in range(index, tokens, members):
-                    token, at = get_i32(m[TOKENS] + 4 * t), m[X] + 4 * m[X_WIDTH] * t
-                    embed(m[EMBEDDINGS], token, m[DIM], at, scratch(m, S_PANEL, index))
-                end_phase(m, T_EMBED, index, members)
-            for layer in range(first, last):
-                skip = e if layer + 1 == m[N_LAYERS] else NONE
-                if part <= ROUTE:
-                    project(mm, put_key, put_value, m, layers, layer, tokens, position, skip, index, members)
-                    attention(attend_block, m, layer, tokens, position, skip, index, members)
-                    attention_output(mm, m, layers, layer, tokens, skip, index, members)
-                    choose_experts(mm, m, layers, layer, tokens, skip, part, index, members)
-                if part != ROUTE:
-                    experts(mm, m, layers, layer, tokens - skip, skip, part, index, members)
-        else:
-            head(mm, m, a, b, c, d, index, members)
-
     @njit(entry=f"{slots} {embeddings} {kv}")
     def run(m, layers, index, members):
-        at = m[TEAM] + WORK
+        job = m[TEAM] + WORK
         if index == 0:
             make_call(m[TEAM])
         while index == 0 or called(m[TEAM], index):
-            a, b, c, d, e = get_i64(at + 8), get_i64(at + 16), get_i64(at + 24), get_i64(at + 32), get_i64(at + 40)
-            once(get_i64(at), m, layers, a, b, c, d, e, get_i64(at + 48), index, members)
+            work, a, b, c = get_i64(job), get_i64(job + 8), get_i64(job + 16), get_i64(job + 24)
+            d, e, part = get_i64(job + 32), get_i64(job + 40), get_i64(job + 48)
+            start_clock(m, index)
+            if work == DECODE:
+                token, position, first, last, logits = a, b, c, d, e
+                if first == 0 and part <= ROUTE and index == 0:
+                    embed(m[EMBEDDINGS], token, m[DIM], m[X], scratch(m, S_PANEL, index))
+                end_phase(m, T_EMBED, index, members)
+                for layer in range(first, last):
+                    if part <= ROUTE:
+                        token_attention(mm, attend_block, put_key, put_value, m, layers, layer, layer - first, position, index, members)
+                        token_choice(mm, m, layers, layer, part, index, members)
+                    if part != ROUTE:
+                        token_experts(mm, m, layers, layer, layer - first, part, index, members)
+                if logits:
+                    token_head(mm, m, logits, index, members)
+            elif work == PREFILL:
+                tokens, position, first, last = a, b, c, d
+                if first == 0 and part <= ROUTE:
+                    for t in range(index, tokens, members):
+                        token, at = get_i32(m[TOKENS] + 4 * t), m[X] + 4 * m[X_WIDTH] * t
+                        embed(m[EMBEDDINGS], token, m[DIM], at, scratch(m, S_PANEL, index))
+                    end_phase(m, T_EMBED, index, members)
+                for layer in range(first, last):
+                    skip = e if layer + 1 == m[N_LAYERS] else NONE
+                    if part <= ROUTE:
+                        project(mm, put_key, put_value, m, layers, layer, tokens, position, skip, index, members)
+                        attention(attend_block, m, layer, tokens, position, skip, index, members)
+                        attention_output(mm, m, layers, layer, tokens, skip, index, members)
+                        choose_experts(mm, m, layers, layer, tokens, skip, part, index, members)
+                    if part != ROUTE:
+                        experts(mm, m, layers, layer, tokens - skip, skip, part, index, members)
+            else:
+                head(mm, m, a, b, c, d, index, members)
             barrier(m[TEAM], members)
             if index == 0:
                 return
