@@ -20,9 +20,7 @@ from ._jit import DISABLED, njit, signature
 from .ops import atomic_add, atomic_get, atomic_put, get_i64, give_way, put_i64, spin_hint
 
 _SPINS = 4000  # about 40 microseconds
-_STAY = (
-    8000  # times to look for the next call: about a millisecond, twice, since a call wakes also who is awake; to choose a token takes less
-)
+_STAY = 8000  # looks for the next call: a millisecond, and another one for the wake-up that came meanwhile; to choose a token takes less
 
 # `Team.cells`, a cache line each: the barrier's two; the number of the call that member 0 is about to make, and of the one that it
 # has made; what it is to do; then for each member the last call that it served

@@ -14,7 +14,7 @@ from .kv_cache import KVCache
 from .state import RunState
 from .weights import Weights
 
-SMALL = 8 << 20  # bytes of weights per decoded token below which one thread decodes: two are up to a quarter faster, many or busy cores slower
+SMALL = 8 << 20  # bytes of weights a decoded token below which one thread does it: two are a quarter faster, many or busy ones slower
 AT_ONCE = 64  # tokens times layers in one call of a prompt's kernel: a call costs some microseconds, but Ctrl-C waits for its end
 
 
