@@ -46,7 +46,7 @@ def entry(slots, embeddings, kv):
     @njit(entry=f"{slots} {embeddings} {kv}")
     def run(m, layers, index, members):
         job = m[TEAM] + WORK
-        if index == 0:
+        if index == 0 and members > 1:
             make_call(m[TEAM])
         while index == 0 or called(m[TEAM], index):
             work, a, b, c = get_i64(job), get_i64(job + 8), get_i64(job + 16), get_i64(job + 24)

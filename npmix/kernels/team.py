@@ -2,7 +2,7 @@
 
 One hard fact: no Numba threading layer is used: workqueue aborts the process when two threads enter
 parallel code, the host program's own included, and OpenMP kills the child after a fork. A kernel here
-is an ordinary nogil function called once by every member with its index.
+is an ordinary nogil function called by every member with its index.
 
 A member that waits spins for a while, then gives way; the calling thread is member 0.
 
@@ -69,13 +69,12 @@ def called(cells, index):
             return False
         _pause(turns)
         coming = atomic_get(cells + _COMING)
-    if coming == _NONE:
-        return False
-    while atomic_get(cells + _MADE) != coming:  # member 0 is on its way
+    while coming != _NONE and atomic_get(cells + _MADE) != coming:  # member 0 is on its way, or gave up and makes another call
         turns += 1
         _pause(turns)
+        coming = atomic_get(cells + _COMING)
     put_i64(served, coming)
-    return True
+    return coming != _NONE
 
 
 def prepare(kernel, *args):
@@ -109,14 +108,14 @@ class Team:
     def run(self, kernel, *args):
         """Call kernel(*args, index, members) on every member and wait for all. An exception of any member is raised.
 
-        A Ctrl-C meanwhile is raised when all have come back: nobody may still be at work when the next run starts.
+        A Ctrl-C meanwhile, or what else a signal raises, is raised when all have come back: nobody may still be at work when the next run starts.
         """
         finished = collections.deque()
         interrupt = self._together(kernel, args, finished, _NONE)
         while len(finished) < len(self._wake):
             try:
                 self._done.acquire()
-            except KeyboardInterrupt as stop:
+            except BaseException as stop:
                 interrupt = stop
         self._job = None
         self._raise(interrupt)
@@ -147,10 +146,8 @@ class Team:
                     _wake_up(lock)
                 entered = True
                 kernel(*args, 0, self.size)
-            except KeyboardInterrupt as stop:
+            except BaseException as stop:  # whatever a signal's handler raises, or the kernel
                 interrupt = stop
-            except Exception as failure:
-                self._failure = failure
         return interrupt
 
     def _raise(self, interrupt):
@@ -161,14 +158,19 @@ class Team:
     def _start(self):
         for thread in self._threads:  # closed, perhaps not yet gone
             thread.join()
-        self._threads, self._stop = [], threading.Event()
-        for index in range(1, self.size):
-            lock = threading.Lock()
-            lock.acquire()
-            self._wake.append(lock)
-            thread = threading.Thread(target=self._serve, args=(index, lock, self._stop), name=f"npmix-{index}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+        self._threads, self._stop, locks = [], threading.Event(), []
+        try:
+            for index in range(1, self.size):
+                lock = threading.Lock()
+                lock.acquire()
+                locks.append(lock)
+                thread = threading.Thread(target=self._serve, args=(index, lock, self._stop), name=f"npmix-{index}", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        except BaseException:  # all or none: a call waits for every member
+            self._end(locks)
+            raise
+        self._wake = locks
 
     def _serve(self, index, lock, stop):
         last = None
@@ -191,12 +193,15 @@ class Team:
                     self._done.release()
 
     def close(self):
-        """End the threads."""
-        self._stop.set()
+        """End the threads; not while a call or run is under way."""
         self.cells[_COMING // 8] = _NONE
-        for lock in self._wake:
+        self._end(self._wake)
+        self._wake, self._job = [], None
+
+    def _end(self, locks):
+        self._stop.set()
+        for lock in locks:
             _wake_up(lock)
-        self._wake = []
 
 
 def _wake_up(lock):

@@ -74,7 +74,7 @@ class Forward:
         self._call(self.team, PREFILL, count, position, first, last, skip, part)
 
     def _call(self, team: Team, *work: int) -> None:
-        """What the kernel is to do, as `entry` says."""
+        """Have the kernel do what `entry` says; it reads that in the whole team's cells, whoever works."""
         self.state.array(t.COUNTERS)[:] = 0
         self.team.cells[WORK // 8 :][: len(work)] = work
         team.call(self._kernel, self.state.m, self.weights.layers)

@@ -167,20 +167,46 @@ def test_nobody_stays_for_long():
 
 
 @pytest.mark.compiled
-def test_an_interrupted_call_is_served_by_all(monkeypatch):
-    """A Ctrl-C while the others are woken is raised at the call's end, when all have served it; the next call is sound."""
+@pytest.mark.parametrize("signal", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("woken", [False, True])
+def test_an_interrupted_call_is_served_by_all(woken, signal, monkeypatch):
+    """A Ctrl-C, or what another signal's handler raises, before or after the others are woken, is raised at the call's end, when all have
+    served it; the next call is sound."""
     team, seen, wake_up = Team(2), np.zeros((2, 8), np.int64), team_module._wake_up
 
     def interrupted(lock):
         monkeypatch.setattr(team_module, "_wake_up", wake_up)
-        raise KeyboardInterrupt
+        if woken:
+            wake_up(lock)
+            time.sleep(0.05)  # by now it waits for member 0
+        raise signal
 
     team.cells[WORK // 8] = 1
     for count in (1, 4):
         monkeypatch.setattr(team_module, "_wake_up", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(signal):
             team.call(_served, team.address, address(seen))
         assert seen[:, 0].tolist() == [count, count]
+    team.close()
+
+
+def test_a_thread_that_does_not_start(monkeypatch):
+    """When not all members start, those that did end, the error is the caller's, and the next run starts all anew."""
+    monkeypatch.setattr(team_module, "DISABLED", False)
+    before, team, start, starts, calls = members(), Team(3), threading.Thread.start, [], []
+
+    def refuse_the_second(thread):
+        starts.append(thread)
+        if len(starts) == 2:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse_the_second)
+    with pytest.raises(RuntimeError, match="new thread"):
+        team.run(lambda index, members: calls.append(index))
+    assert gone(members() - before) and not calls
+    team.run(lambda index, members: calls.append(index))
+    assert sorted(calls) == [0, 1, 2]
     team.close()
 
 
