@@ -41,12 +41,11 @@ def work(steps, seed):
 def team_regions(threads):
     """(many regions in one call, one region a call, many bodies in one region) on npmix's team."""
     from npmix.kernels._jit import njit
-    from npmix.kernels.ops import atomic_put
-    from npmix.kernels.team import Team, barrier
+    from npmix.kernels.ops import atomic_put, get_i64
+    from npmix.kernels.team import WORK, Team, barrier, called, make_call
 
-    team, cells = Team(threads), np.zeros(8 * (threads + 3), np.int64)
-    cell = -(-cells.ctypes.data // 64) * 64
-    out = cell + 128
+    team, results = Team(threads), np.zeros(8 * (threads + 1), np.int64)
+    cell, out = team.address, -(-results.ctypes.data // 64) * 64
 
     @njit
     def phases(cell, out, rounds, steps, fence, index, members):
@@ -55,14 +54,25 @@ def team_regions(threads):
             if fence:
                 barrier(cell, members)
 
+    @njit
+    def served(cells, out, index, members):
+        if index == 0:
+            make_call(cells)
+        while index == 0 or called(cells, index):
+            atomic_put(out + 64 * index, work(get_i64(cells + WORK), index))
+            barrier(cells, members)
+            if index == 0:
+                return
+
     def inside(rounds, steps):
         team.run(phases, cell, out, rounds, steps, 1)
 
     def from_python(rounds, steps):
+        team.cells[WORK // 8] = steps
         for _ in range(rounds):
-            team.run(phases, cell, out, 1, steps, 0)
+            team.call(served, cell, out)
 
-    team.cells = cells  # what the addresses mean lives as long as the team
+    team.results = results  # what the address means lives as long as the team
     return inside, from_python, lambda rounds, steps: team.run(phases, cell, out, rounds, steps, 0)
 
 

@@ -83,7 +83,7 @@ def entry(slots, embeddings, kv):
                         experts(mm, m, layers, layer, tokens - skip, skip, part, index, members)
             else:
                 head(mm, m, a, b, c, d, index, members)
-            barrier(m[TEAM], members)
+            barrier(m[TEAM], members)  # member 0 returns for all: nobody may touch the state any more
             if index == 0:
                 return
 

@@ -15,7 +15,7 @@ from .state import RunState
 from .weights import Weights
 
 SMALL = 8 << 20  # bytes of weights a decoded token below which one thread does it: two are a quarter faster, many or busy ones slower
-AT_ONCE = 64  # tokens times layers in one call of a prompt's kernel: a call costs some microseconds, but Ctrl-C waits for its end
+AT_ONCE = 64  # tokens times layers in one call of a prompt's kernel: Python takes up to 0.1 ms between two, but Ctrl-C waits for its end
 
 
 class Forward:
