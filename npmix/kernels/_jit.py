@@ -21,6 +21,7 @@ from pathlib import Path
 import numba
 from numba.core import compiler, config
 from numba.core.caching import _Cache
+from numba.core.registry import CPUDispatcher
 from numba.core.serialize import dumps
 
 from . import cpu
@@ -167,15 +168,32 @@ def njit(function=None, *, entry=None, inline=False):
         return function
     cache = None if entry is None else _DiskCache(function, entry)
     function.__qualname__ += _PROCESS
-    dispatcher = numba.njit(
-        nogil=True,  # the team's threads run kernels side by side
-        boundscheck=False,  # addresses, not arrays; indices are checked before a kernel sees them
-        error_model="numpy",  # no branch for division by zero
-        fastmath=False,  # bits must not depend on the compiler's mood; fma is written where it is meant
-        inline="always" if inline else "never",
-        no_rewrites=True,  # nothing here is an array expression: two passes less
-        _nrt=False,  # nor allocates: no reference counting to take out again
-    )(function)
-    if cache is not None:
-        dispatcher._cache = cache
+    options = {
+        "nogil": True,  # the team's threads run kernels side by side
+        "boundscheck": False,  # addresses, not arrays; indices are checked before a kernel sees them
+        "error_model": "numpy",  # no branch for division by zero
+        "fastmath": False,  # bits must not depend on the compiler's mood; fma is written where it is meant
+        "inline": "always" if inline else "never",
+        "no_rewrites": True,  # nothing here is an array expression: two passes less
+        "_nrt": False,  # nor allocates: no reference counting to take out again
+    }
+    if cache is None:
+        return _Inner(function, targetoptions={**options, "nopython": True, **_Inner.SHUT})
+    dispatcher = numba.njit(**options)(function)
+    dispatcher._cache = cache
     return dispatcher
+
+
+class _Inner(CPUDispatcher):
+    """A kernel that kernels call: the ways into it from Python and from C, a sixth of all compiling, are left out.
+
+    Python can call it all the same, as tests do: that compiles it anew, with a way in.
+    """
+
+    SHUT = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
+    def __call__(self, *args):
+        if self.targetoptions["no_cpython_wrapper"]:
+            self._reset_overloads()
+            self.targetoptions.update(dict.fromkeys(self.SHUT, False))
+        return super().__call__(*args)
