@@ -250,6 +250,24 @@ def test_kernels_of_two_processes_meet_in_a_third(tmp_path):
     assert child(TIMES, tmp_path, 3, 5).stdout.strip() == f"[{three}, {five}] 0" and three != five
 
 
+def ways_in(kernel):
+    """How many of a kernel's functions in its machine code are for calls from Python or C."""
+    (compiled,) = kernel.overloads.values()
+    names = compiled.fndesc.llvm_cpython_wrapper_name, compiled.fndesc.llvm_cfunc_wrapper_name
+    return sum(name in compiled.library.get_llvm_str() for name in names)
+
+
+@pytest.mark.compiled
+def test_an_inner_kernel_has_a_way_in_once_python_asks(cache):
+    """A kernel without an entry is compiled without ways in for its callers, but Python may call it before and after; results stay."""
+    inner = _jit.njit(lambda x: x * 3 + 1)
+    outer = _jit.njit(lambda x: inner(x) + inner(x + 1), entry="outer")
+    assert outer(2) == 17 and ways_in(inner) == 0 and ways_in(outer) == 2
+    assert inner(2) == 7 and ways_in(inner) == 2
+    another = _jit.njit(lambda x: inner(x) - 1, entry="another")
+    assert another(2) == 6 and outer(2) == 17 and inner(2.0) == 7.0
+
+
 UNTOUCHED = """
 import os, signal, threading, warnings
 import numba, numpy as np
