@@ -157,7 +157,7 @@ def njit(function=None, *, entry=None, inline=False):
     """Compile `function` at its first call.
 
     entry: a kernel that Python calls is kept on disk, with all that it calls inside; the text names what its
-    closure cells hold, so that the cache can tell two kernels of one source apart.
+    closure cells hold, so that the cache can tell two kernels of one source apart. Without it: `Inner`.
     inline: merge the body into its caller before types are inferred. Numba optimises and emits each function as a
     library of its own, with all it calls, over and over along a chain of calls: a phase that is called from one
     place compiles several times faster inside its caller.
@@ -178,22 +178,26 @@ def njit(function=None, *, entry=None, inline=False):
         "_nrt": False,  # nor allocates: no reference counting to take out again
     }
     if cache is None:
-        return _Inner(function, targetoptions={**options, "nopython": True, **_Inner.SHUT})
+        return Inner(function, targetoptions={**options, "nopython": True, **Inner.SHUT})
     dispatcher = numba.njit(**options)(function)
     dispatcher._cache = cache
     return dispatcher
 
 
-class _Inner(CPUDispatcher):
+class Inner(CPUDispatcher):
     """A kernel that kernels call: the ways into it from Python and from C, a sixth of all compiling, are left out.
 
-    Python can call it all the same, as tests do: that compiles it anew, with a way in.
+    Python can call it all the same, as tests and tools do: that compiles it anew, with a way in.
     """
 
     SHUT = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
-    def __call__(self, *args):
+    def open(self):
+        """Have what is compiled from now on a way in; what was compiled without one is forgotten."""
         if self.targetoptions["no_cpython_wrapper"]:
             self._reset_overloads()
             self.targetoptions.update(dict.fromkeys(self.SHUT, False))
+
+    def __call__(self, *args):
+        self.open()
         return super().__call__(*args)

@@ -16,7 +16,7 @@ import threading
 
 import numpy as np
 
-from ._jit import DISABLED, njit, signature
+from ._jit import DISABLED, Inner, njit, signature
 from .ops import atomic_add, atomic_get, atomic_put, get_i64, give_way, put_i64, spin_hint
 
 _SPINS = 4000  # about 40 microseconds
@@ -79,6 +79,8 @@ def called(cells, index):
 
 def prepare(kernel, *args):
     """Compile or load `kernel` for these arguments in the calling thread, so that an interrupt meanwhile leaves no member waiting."""
+    if isinstance(kernel, Inner):
+        kernel.open()
     if not getattr(kernel, "signatures", True):
         kernel.compile(signature(*args))
 

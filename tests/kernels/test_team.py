@@ -211,6 +211,28 @@ def test_a_thread_that_does_not_start(monkeypatch):
 
 
 @pytest.mark.compiled
+def test_an_inner_kernel_is_compiled_before_anyone_waits(monkeypatch):
+    """So is one that was compiled for another kernel only, without a way in from Python."""
+
+    @njit
+    def inner(cells, index, members):
+        barrier(cells, members)
+
+    outer = njit(lambda cells: inner(cells, 0, 1))
+    team, wake_up, compiled = Team(2), team_module._wake_up, []
+    outer(team.address)
+
+    def wake(lock):
+        compiled.append(inner.nopython_signatures and not inner.targetoptions["no_cpython_wrapper"])
+        wake_up(lock)
+
+    monkeypatch.setattr(team_module, "_wake_up", wake)
+    team.run(inner, team.address)
+    assert compiled == [True]
+    team.close()
+
+
+@pytest.mark.compiled
 def test_a_kernel_is_compiled_before_anyone_waits():
     """The first run compiles in the calling thread: a kernel that cannot be compiled fails there, and no member waits in a barrier."""
     team, cell = Team(2), cells()
