@@ -14,7 +14,9 @@ from ._jit import njit
 from .ops import (
     absolute,
     add_i32,
+    copysign,
     div,
+    first,
     fma,
     get_f32,
     get_u8,
@@ -27,9 +29,11 @@ from .ops import (
     put_i8,
     splat_f32,
     splat_i32,
+    store_f16,
     store_i8,
     sum_f32,
     to_i32,
+    where_greater,
 )
 
 BLOCK = 256  # positions of a block: its merge costs one part in 128 of its work at head_dim 128
@@ -50,26 +54,37 @@ def row_bytes(kv: str, count: int) -> int:
     return count * size + scale
 
 
-@functools.lru_cache(maxsize=None)
-def cache_write(kv):
-    """A kernel (value, address): one number into the KV cache; returns 1 if it did not fit float16 and was saturated."""
+@njit
+def fit_f16(x):
+    """Finite numbers cut to what float16 holds; infinities stay, so that nothing hides them."""
+    size, most = absolute(x), splat_f32(F(F16_MAX))
+    return where_greater(size, most, where_greater(splat_f32(F(inf)), size, copysign(most, x), x), x)
 
-    @njit
-    def write_f16(value, address):
-        saturated = 0
-        if F(F16_MAX) < value < F(inf):  # infinities stay, so that nothing hides them
-            value, saturated = F(F16_MAX), 1
-        elif F(-inf) < value < F(-F16_MAX):
-            value, saturated = F(-F16_MAX), 1
-        put_f16(address, value)
-        return saturated
 
-    @njit
-    def write_f32(value, address):
-        put_f32(address, value)
-        return 0
+@njit
+def put_numbers_f16(row, count, to, apart):
+    """float32 numbers into the KV cache, `apart` bytes from one to the next; returns 1 if one did not fit float16 and was saturated."""
+    whole, one, lost = count // 16 * 16, splat_f32(F(1.0)), splat_f32(F(0.0))
+    for i in range(0, whole, 16):
+        x = load_f32(row + 4 * i)
+        cut = fit_f16(x)
+        lost = where_greater(absolute(x), absolute(cut), one, lost)
+        store_f16(to + apart * i, cut, apart)
+    saturated = 1 if max_f32(lost) > F(0.0) else 0
+    for i in range(whole, count):
+        number = get_f32(row + 4 * i)
+        fitting = first(fit_f16(splat_f32(number)))
+        if fitting != number == number:
+            saturated = 1
+        put_f16(to + apart * i, fitting)
+    return saturated
 
-    return write_f16 if kv == "f16" else write_f32
+
+@njit
+def put_numbers_f32(row, count, to, apart):
+    for i in range(count):
+        put_f32(to + apart * i, get_f32(row + 4 * i))
+    return 0
 
 
 @functools.lru_cache(maxsize=None)
@@ -83,23 +98,19 @@ def cache_rows(kv):
 
 
 def _plain_rows(kv):
-    size, write = KINDS[kv][0], cache_write(kv)
+    size, put_numbers = KINDS[kv][0], put_numbers_f16 if kv == "f16" else put_numbers_f32
 
     @njit
     def put_key(row, dim, keys, slot, temp):
-        saturated, to = 0, keys + size * (slot // STRIP * STRIP * dim + slot % STRIP)
-        for i in range(dim):
-            saturated |= write(get_f32(row + 4 * i), to + size * STRIP * i)
-        return saturated
+        return put_numbers(row, dim, keys + size * (slot // STRIP * STRIP * dim + slot % STRIP), size * STRIP)
 
     @njit
     def put_value(row, dim, width, values, slot, temp):
         saturated, within = 0, slot % BLOCK
-        for first in range(0, dim, COLUMN):
-            lanes = min(COLUMN, width - first)
-            to = values + size * ((slot - within) * width + first * BLOCK + within * lanes)
-            for i in range(min(lanes, dim - first)):
-                saturated |= write(get_f32(row + 4 * (first + i)), to + size * i)
+        for lane in range(0, dim, COLUMN):
+            lanes = min(COLUMN, width - lane)
+            to = values + size * ((slot - within) * width + lane * BLOCK + within * lanes)
+            saturated |= put_numbers(row + 4 * lane, min(lanes, dim - lane), to, size)
         return saturated
 
     return put_key, put_value

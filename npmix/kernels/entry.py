@@ -1,4 +1,4 @@
-"""The one compiled function that Python calls: a token through the layers (`decode.py`), a chunk of a prompt through one (`prefill.py`).
+"""The one compiled function that Python calls: a token (`decode.py`) or a chunk of a prompt (`prefill.py`) through the layers.
 
 One hard fact: both are made of the same products and attention blocks, and LLVM's time goes into those; one entry has them compiled
 once. Phases are merged into it (`inline`) and hardly into each other: Numba copies all variables of a merged function
@@ -16,7 +16,7 @@ from .decode import choose_experts as token_choice
 from .decode import experts as token_experts
 from .decode import head as token_head
 from .ops import get_i32, get_i64
-from .phases import NONE, end_phase, matmul_by_slot, scratch, start_clock
+from .phases import NONE, blocks_of, end_phase, matmul_by_slot, scratch, start_clock
 from .prefill import attention, attention_output, choose_experts, experts, head, project
 from .proof import prove
 from .rows import embedder
@@ -24,19 +24,19 @@ from .simd import i64
 from .tables import *  # noqa: F403
 from .team import WORK, barrier, called, make_call
 
-DECODE, PREFILL, HEAD = range(3)
+DECODE, PREFILL = range(2)
 
 
 @functools.lru_cache(maxsize=None)
 def entry(slots, embeddings, kv):
     """The kernel of a model with these slots (`phases.matmul_by_slot`), embeddings (`rows.embedder`) and KV cache:
-    (m, layers, index, members) for `Team.call`; part: of each layer (`tables.ROUTE`). Counters must be 0. WORK of the team's cells holds
-    (work, a, b, c, d, e, part), and a to e are of
+    (m, layers, index, members) for `Team.call`. Counters must be 0. WORK of the team's cells holds
 
-    work DECODE: token, position, first layer, last layer, address of the logits or 0. The token is embedded when the first layer is 0.
-    work PREFILL: tokens, position of the first one, first layer, last layer, skip (in the model's last layer). They are embedded when the
-    first layer is 0.
-    work HEAD: first token, tokens, address of the logits, bytes from one token's to the next's, unused.
+    work, token or tokens, position, first layer, last layer, skip, part, logits
+
+    DECODE: the token, which is embedded when the first layer is 0. PREFILL: how many of TOKENS, embedded likewise; position: of the first
+    one; skip: so many only fill the cache in the model's last layer. part: of each layer (`tables.ROUTE`). logits: where the token's or
+    those of tokens skip.. go once the layers, of which there may be none, are done, whole row blocks; 0: nowhere.
 
     A part finds what the ones before left in the members' scratch, so the same team must run them.
     """
@@ -49,11 +49,11 @@ def entry(slots, embeddings, kv):
         if index == 0 and members > 1:
             make_call(m[TEAM])
         while index == 0 or called(m[TEAM], index):
-            work, a, b, c = get_i64(job), get_i64(job + 8), get_i64(job + 16), get_i64(job + 24)
-            d, e, part = get_i64(job + 32), get_i64(job + 40), get_i64(job + 48)
+            work, tokens, position, first = get_i64(job), get_i64(job + 8), get_i64(job + 16), get_i64(job + 24)
+            last, skip, part, logits = get_i64(job + 32), get_i64(job + 40), get_i64(job + 48), get_i64(job + 56)
             start_clock(m, index)
             if work == DECODE:
-                token, position, first, last, logits = a, b, c, d, e
+                token = tokens
                 if first == 0 and part <= ROUTE and index == 0:
                     embed(m[EMBEDDINGS], token, m[DIM], m[X], scratch(m, S_PANEL, index))
                 end_phase(m, T_EMBED, index, members)
@@ -65,24 +65,23 @@ def entry(slots, embeddings, kv):
                         token_experts(mm, m, layers, layer, layer - first, part, index, members)
                 if logits:
                     token_head(mm, m, logits, index, members)
-            elif work == PREFILL:
-                tokens, position, first, last = a, b, c, d
+            else:
                 if first == 0 and part <= ROUTE:
                     for t in range(index, tokens, members):
                         token, at = get_i32(m[TOKENS] + 4 * t), m[X] + 4 * m[X_WIDTH] * t
                         embed(m[EMBEDDINGS], token, m[DIM], at, scratch(m, S_PANEL, index))
                     end_phase(m, T_EMBED, index, members)
                 for layer in range(first, last):
-                    skip = e if layer + 1 == m[N_LAYERS] else NONE
+                    cached = skip if layer + 1 == m[N_LAYERS] else NONE
                     if part <= ROUTE:
-                        project(mm, put_key, put_value, m, layers, layer, tokens, position, skip, index, members)
-                        attention(attend_block, m, layer, tokens, position, skip, index, members)
-                        attention_output(mm, m, layers, layer, tokens, skip, index, members)
-                        choose_experts(mm, m, layers, layer, tokens, skip, part, index, members)
+                        project(mm, put_key, put_value, m, layers, layer, tokens, position, cached, index, members)
+                        attention(attend_block, m, layer, tokens, position, cached, index, members)
+                        attention_output(mm, m, layers, layer, tokens, cached, index, members)
+                        choose_experts(mm, m, layers, layer, tokens, cached, part, index, members)
                     if part != ROUTE:
-                        experts(mm, m, layers, layer, tokens - skip, skip, part, index, members)
-            else:
-                head(mm, m, a, b, c, d, index, members)
+                        experts(mm, m, layers, layer, tokens - cached, cached, part, index, members)
+                if logits:
+                    head(mm, m, skip, tokens - skip, logits, 64 * blocks_of(m[VOCAB]), index, members)
             barrier(m[TEAM], members)  # member 0 returns for all: nobody may touch the state any more
             if index == 0:
                 return

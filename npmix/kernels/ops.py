@@ -61,6 +61,19 @@ def store_f32(b, p, v):
     store(b, v, p)
 
 
+def _twin_store_f16(p, v, apart):
+    for i, x in enumerate(v.astype(np.float16)):
+        poke(p + i * apart, np.array([x]))
+
+
+@op(void, (i64, F32, i64), _twin_store_f16)
+def store_f16(b, p, v, apart):
+    """16 float16, rounded half to even, `apart` bytes from one to the next."""
+    narrow = b.fptrunc(v, vector("f16", 16))
+    for i in range(16):
+        store(b, b.extract_element(narrow, const_i32(i)), b.add(p, b.mul(apart, scalar("i64")(i))))
+
+
 @op(void, (i64, I32), lambda p, v: poke(p, v.astype(np.int8)))
 def store_i8(b, p, v):
     """The low bytes of 16 lanes."""
@@ -110,6 +123,18 @@ def minimum(b, x, y):
 @op(F32, (F32,), np.abs)
 def absolute(b, x):
     return call(b, "llvm.fabs.v16f32", x.type, x)
+
+
+@op(F32, (F32, F32), np.copysign)
+def copysign(b, size, sign):
+    """`size` with the sign of `sign`."""
+    return call(b, "llvm.copysign.v16f32", size.type, size, sign)
+
+
+@op(F32, (F32, F32, F32, F32), lambda a, c, x, y: np.where(a > c, x, y))
+def where_greater(b, a, c, x, y):
+    """x where a > c, else y."""
+    return b.select(b.fcmp_ordered(">", a, c), x, y)
 
 
 @op(F32, (F32,), np.rint)

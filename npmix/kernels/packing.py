@@ -11,27 +11,9 @@ from ..formats import CHUNK, PACKED
 from .simd import F32, call, const_i64, const_vector, i64, load, op, peek, poke, scalar, shuffle, splat, store, vector, void
 
 
-@op(F32, (F32, F32), np.copysign)
-def copysign(b, size, sign):
-    """`size` with the sign of `sign`."""
-    return call(b, "llvm.copysign.v16f32", size.type, size, sign)
-
-
-@op(F32, (F32, F32, F32, F32), lambda a, c, x, y: np.where(a > c, x, y))
-def where_greater(b, a, c, x, y):
-    """x where a > c, else y."""
-    return b.select(b.fcmp_ordered(">", a, c), x, y)
-
-
 @op(F32, (F32,), np.sqrt)
 def root(b, x):
     return call(b, "llvm.sqrt.v16f32", x.type, x)
-
-
-@op(void, (i64, F32), lambda p, v: poke(p, v.astype(np.float16)))
-def store_f16(b, p, v):
-    """16 float16, rounded half to even."""
-    store(b, b.fptrunc(v, vector("f16", 16)), p)
 
 
 @functools.lru_cache(maxsize=None)

@@ -136,7 +136,7 @@ def values_of(m, layer, head):
 
 @njit
 def head_row(m, put_key, put_value, layer, item, qkv, t, position, temp):
-    """RoPE and placement of one head of one token: items are the query heads, then the key heads, then the value heads."""
+    """RoPE and placement of one head of one token: items are the query heads, then the value heads, then the key heads."""
     dim, heads, kv_heads = m[HEAD_DIM], m[N_HEADS], m[N_KV_HEADS]
     half = dim // 2
     cos_sin = m[ROPE] + 8 * half * position
@@ -148,12 +148,12 @@ def head_row(m, put_key, put_value, layer, item, qkv, t, position, temp):
         return
     if item < heads + kv_heads:
         head = item - heads
-        rope(qkv + 4 * (m[Q_WIDTH] + dim * head), cos_sin, half, F(1.0), temp)
-        saturated = put_key(temp, dim, keys_of(m, layer, head), slot, temp)
-    else:
-        head = item - heads - kv_heads
         row = qkv + 4 * (m[Q_WIDTH] + m[KV_WIDTH] + dim * head)
         saturated = put_value(row, dim, m[V_WIDTH], values_of(m, layer, head), slot, temp)
+    else:
+        head = item - heads - kv_heads
+        rope(qkv + 4 * (m[Q_WIDTH] + dim * head), cos_sin, half, F(1.0), temp)
+        saturated = put_key(temp, dim, keys_of(m, layer, head), slot, temp)
     if saturated:
         put_i64(m[STATUS] + SATURATED, 1)
 

@@ -13,6 +13,7 @@ from numpy import float32 as F
 from ..formats import EXPERT_UNIT
 from ._jit import njit
 from .attention import BLOCK, TALLEST, clear, finish, merge
+from .cache import STRIP
 from .matmul import act_bytes, n_tiles
 from .observe import keep_row, keep_units
 from .ops import add, atomic_add, fma, get_f32, get_i32, load_f32, put_i32, put_i64, splat_f32, store_f32
@@ -119,10 +120,15 @@ def project(mm, put_key, put_value, m, layers, layer, tokens, position, skip, in
         first, acts = (skip, few) if which == 0 and skip else (NONE, m[ACTS])  # in the last layer few queries are wanted, but all keys
         qkv_blocks(mm, m, layers, layer, which, begin, last, acts, tokens - first, m[QKV] + first * qkv_bytes, qkv_bytes, panel, follow)
     end_phase(m, T_QKV, index, members)
-    temp = scratch(m, S_SCORES, index)
-    for t in range(tokens * index // members, tokens * (index + 1) // members):  # neighbours' keys share cache lines
-        for item in range(0 if t >= skip else m[N_HEADS], m[N_HEADS] + 2 * m[N_KV_HEADS]):
+    temp, others = scratch(m, S_SCORES, index), m[N_HEADS] + m[N_KV_HEADS]
+    for t in range(tokens * index // members, tokens * (index + 1) // members):
+        for item in range(0 if t >= skip else m[N_HEADS], others):
             head_row(m, put_key, put_value, layer, item, m[QKV] + qkv_bytes * t, t, position + t, temp)
+    runs = (tokens + STRIP - 1) // STRIP
+    for unit in range(index, runs * m[N_KV_HEADS], members):  # neighbours' keys share cache lines, and two members must not write one
+        start = unit // m[N_KV_HEADS] * STRIP
+        for t in range(start, min(start + STRIP, tokens)):
+            head_row(m, put_key, put_value, layer, others + unit % m[N_KV_HEADS], m[QKV] + qkv_bytes * t, t, position + t, temp)
     end_phase(m, T_ROPE, index, members)
 
 

@@ -14,6 +14,7 @@ from ._jit import njit
 from .ops import (
     absolute,
     add,
+    copysign,
     div,
     get_f32,
     load_f16,
@@ -24,11 +25,13 @@ from .ops import (
     mul,
     put_f32,
     splat_f32,
+    store_f16,
     store_f32,
     sub,
     sum_f32,
+    where_greater,
 )
-from .packing import copysign, nearest_of, pack_chunk, pack_selectors, root, rows_table, store_f16, where_greater
+from .packing import nearest_of, pack_chunk, pack_selectors, root, rows_table
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 _LARGEST_HALF, _SMALLEST_HALF = np.float32(65504.0), np.float32(2.0**-24)
@@ -51,7 +54,7 @@ SCRATCH_BYTES = SELECTORS + 64 * 46
 def half(scale, scratch):
     """`scale` rounded to float16s that are neither 0 nor infinite."""
     size = minimum(maximum(absolute(scale), splat_f32(_SMALLEST_HALF)), splat_f32(_LARGEST_HALF))
-    store_f16(scratch + _HALF, copysign(size, scale))
+    store_f16(scratch + _HALF, copysign(size, scale), 2)
     return load_f16(scratch + _HALF)
 
 
@@ -224,7 +227,7 @@ def group_writer(name):
     @njit
     def write(group, which, first_codes, span, scratch):
         scale = load_f32(scratch + SCALE)
-        store_f16(span + 32 * which, where_greater(load_f32(scratch + LARGEST), splat_f32(_ZERO), scale, splat_f32(_ZERO)))
+        store_f16(span + 32 * which, where_greater(load_f32(scratch + LARGEST), splat_f32(_ZERO), scale, splat_f32(_ZERO)), 2)
         for i in range(group // CHUNK):
             write_codes(scratch + CODES + 64 * CHUNK * i, span + first_codes + (which * group + CHUNK * i) * 2 * bits)
         if per:

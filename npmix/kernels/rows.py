@@ -183,7 +183,12 @@ def rope(x, cos_sin, half, scale, out):
 
     cos_sin: float32, `half` cosines, then `half` sines.
     """
-    for i in range(half):
+    whole, by = half // 16 * 16, splat_f32(scale)
+    for i in range(0, 4 * whole, 64):
+        c, s, a, b = load_f32(cos_sin + i), load_f32(cos_sin + 4 * half + i), load_f32(x + i), load_f32(x + 4 * half + i)
+        store_f32(out + i, mul(fma(sub(splat_f32(F(0.0)), b), s, mul(a, c)), by))
+        store_f32(out + 4 * half + i, mul(fma(b, c, mul(a, s)), by))
+    for i in range(whole, half):
         c, s = get_f32(cos_sin + 4 * i), get_f32(cos_sin + 4 * (half + i))
         a, b = get_f32(x + 4 * i), get_f32(x + 4 * (half + i))
         put_f32(out + 4 * i, fma1(F(0.0) - b, s, a * c) * scale)

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import NumericsError
 from ..kernels import tables as t
-from ..kernels.entry import DECODE, HEAD, PREFILL, entry, load
+from ..kernels.entry import DECODE, PREFILL, entry, load
 from ..kernels.team import WORK, Team
 from .kv_cache import KVCache
 from .state import RunState
@@ -54,8 +54,7 @@ class Forward:
         """Logits (V,) after one token at `position`; its keys and values enter the cache."""
         self._begin()
         row = self._row
-        address = row.__array_interface__["data"][0]
-        self._decode(token, position, address)
+        self._decode(token, position, _address(row))
         self._check(position, 1)
         return row[0, : self.config.vocab_size].copy()
 
@@ -64,14 +63,15 @@ class Forward:
         self._decode_part(token, position, 0, self.config.n_layers, logits)
 
     def _decode_part(self, token: int, position: int, first: int, last: int, logits: int, part: int = 0) -> None:
-        self._call(self.decode_team, DECODE, token, position, first, last, logits, part)
+        self._call(self.decode_team, DECODE, token, position, first, last, 0, part, logits)
 
-    def _prefill(self, count: int, position: int, first: int, last: int, skip: int) -> None:
-        """Layers first..last of the chunk in TOKENS; skip: tokens that only fill the cache in the model's last layer."""
-        self._prefill_part(count, position, first, last, skip)
+    def _prefill(self, count: int, position: int, first: int, last: int, skip: int, logits: int) -> None:
+        """Layers first..last of the chunk in TOKENS; skip: tokens that only fill the cache in the model's last layer. Then the logits of the
+        others, unless the address is 0."""
+        self._prefill_part(count, position, first, last, skip, logits)
 
-    def _prefill_part(self, count: int, position: int, first: int, last: int, skip: int, part: int = 0) -> None:
-        self._call(self.team, PREFILL, count, position, first, last, skip, part)
+    def _prefill_part(self, count: int, position: int, first: int, last: int, skip: int, logits: int, part: int = 0) -> None:
+        self._call(self.team, PREFILL, count, position, first, last, skip, part, logits)
 
     def _call(self, team: Team, *work: int) -> None:
         """Have the kernel do what `entry` says; it reads that in the whole team's cells, whoever works."""
@@ -90,22 +90,20 @@ class Forward:
         count, self._wanted = len(tokens), wanted
         self.state.array(t.TOKENS)[:count] = tokens
         skip = count - 1 if wanted in ("last", "none") else 0  # nothing else: there is room for one more row
-        at_once = max(1, AT_ONCE // count)
-        for first in range(0, self.config.n_layers, at_once):
-            last = min(first + at_once, self.config.n_layers)
-            self._prefill(count, position, first, last, skip)
+        rows = self._row if wanted == "last" else self._rows(count) if wanted == "all" else None
+        at_once, layers = max(1, AT_ONCE // count), self.config.n_layers
+        for first in range(0, layers, at_once):
+            last = min(first + at_once, layers)
+            self._prefill(count, position, first, last, skip, 0 if rows is None or last < layers else _address(rows))
             if on_layer:
                 on_layer(last - 1)
-        if wanted in ("none", "later"):
-            self._check(position, count)
-            return None
-        rows = self._head(count - 1, self._row) if wanted == "last" else self._head(0, self._rows(count))
         self._check(position, count)
-        return rows[:, : self.config.vocab_size]
+        return None if rows is None else rows[:, : self.config.vocab_size]
 
     def head(self, first: int, count: int, position: int) -> np.ndarray:
         """Logits (count, V) of rows first.. of the chunk that was prefilled last; `position`: where the first of them stands."""
-        rows = self._head(first, self._rows(count))
+        rows = self._rows(count)
+        self._head(first + count, first, _address(rows))
         self._check(position, count)
         return rows[:, : self.config.vocab_size]
 
@@ -113,10 +111,9 @@ class Forward:
         """Room for the logits of `count` tokens: whole row blocks."""
         return np.zeros((count, self._width), np.float32)
 
-    def _head(self, first: int, rows: np.ndarray) -> np.ndarray:
-        """Logits of the chunk's tokens from `first` on into rows."""
-        self._call(self.team, HEAD, first, len(rows), rows.__array_interface__["data"][0], rows.strides[0], 0, 0)
-        return rows
+    def _head(self, count: int, skip: int, logits: int) -> None:
+        """The logits alone of the chunk's first `count` tokens without the first `skip`."""
+        self._prefill_part(count, 0, self.config.n_layers, self.config.n_layers, skip, logits)
 
     def layer(self, layer: int, tokens: np.ndarray, position: int, rows: np.ndarray | None) -> np.ndarray:
         """One layer by itself over a chunk of tokens at `position`.., every position in full.
@@ -129,7 +126,7 @@ class Forward:
         self.state.array(t.TOKENS)[:count] = tokens
         if layer:
             x[:count] = rows
-        self._prefill(count, position, layer, layer + 1, 0)
+        self._prefill(count, position, layer, layer + 1, 0, 0)
         self._check(position, count)
         return x[:count]
 
@@ -153,3 +150,7 @@ class Forward:
     def close(self) -> None:
         self.team.close()
         self.weights.close()
+
+
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]

@@ -55,13 +55,15 @@ class StreamingForward(Forward):
                 part = self._select([experts.index(expert) for expert in arrival.experts], arrival)
                 self._decode_part(token, position, layer, layer + 1, 0, part)
 
-    def _prefill(self, count: int, position: int, first: int, last: int, skip: int) -> None:
+    def _prefill(self, count: int, position: int, first: int, last: int, skip: int, logits: int) -> None:
         with self.residency.whole() as whole:
             if whole:
                 self._select_all()
-                return super()._prefill(count, position, first, last, skip)
+                return super()._prefill(count, position, first, last, skip, logits)
         for layer in range(first, last):
             self._prefill_layer(count, position, layer, skip)
+        if logits:
+            self._head(count, skip, logits)
 
     def _prefill_layer(self, count: int, position: int, layer: int, skip: int) -> None:
         c = self.config
@@ -70,18 +72,18 @@ class StreamingForward(Forward):
         if layer == 0 and pairs >= 2 * c.n_experts:  # nearly all will be needed
             self.residency.expect([(0, expert) for expert in range(c.n_experts)])
         self.residency.check()
-        self._prefill_part(count, position, layer, layer + 1, skip, t.ROUTE)
+        self._prefill_part(count, position, layer, layer + 1, skip, 0, t.ROUTE)
         starts = self.state.array(t.STARTS)
         experts = np.flatnonzero(np.diff(starts)).tolist()
         last_alone = self._wanted in ("last", "none") and layer == c.n_layers - 2  # all that the layer after this one is for
         first = count - 1 if last_alone else 0
         with closing(self.residency.arrive(layer, experts, self._guesses_for_prompt(layer, first, count))) as arrivals:
             for arrival in arrivals:
-                self._prefill_part(count, position, layer, layer + 1, skip, self._select(arrival.experts, arrival))
+                self._prefill_part(count, position, layer, layer + 1, skip, 0, self._select(arrival.experts, arrival))
 
-    def _head(self, first: int, rows: np.ndarray) -> np.ndarray:
+    def _head(self, count: int, skip: int, logits: int) -> None:
         self.residency.check()
-        return super()._head(first, rows)
+        super()._head(count, skip, logits)
 
     def _select_all(self) -> None:
         self.state.array(t.SELECTED)[:] = self._all

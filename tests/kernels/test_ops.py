@@ -71,8 +71,8 @@ def _binary(n, plane, x, y, z, out):
         ops.store_f32(to + 5 * plane, ops.minimum(a, b))
         ops.store_f32(to + 6 * plane, ops.fma(a, b, c))
         ops.store_f32(to + 7 * plane, ops.splat_f32(ops.fma1(ops.first(a), ops.first(b), ops.first(c))))
-        ops.store_f32(to + 8 * plane, packing.copysign(a, b))
-        ops.store_f32(to + 9 * plane, packing.where_greater(a, b, b, c))
+        ops.store_f32(to + 8 * plane, ops.copysign(a, b))
+        ops.store_f32(to + 9 * plane, ops.where_greater(a, b, b, c))
 
 
 @njit
@@ -98,7 +98,7 @@ def _halves(n, p, out, to_half):
         ops.put_f32(out + 4 * (2 * n + i), ops.get_f16(p + 2 * i))
         ops.put_f32(out + 4 * (3 * n + i), ops.get_bf16(p + 2 * i))
     for i in range(0, n, 16):
-        packing.store_f16(out + 16 * n + 2 * i, ops.load_f32(to_half + 4 * i))
+        ops.store_f16(out + 16 * n + 2 * i, ops.load_f32(to_half + 4 * i), 2)
     for i in range(n):
         ops.put_f16(out + 18 * n + 2 * i, ops.get_f32(to_half + 4 * i))
 
@@ -194,8 +194,8 @@ def test_operations_on_two_and_three_vectors():
         agree(plane, [twin(operation)(a, b) for a, b, _ in rows])
     agree(out.array[6], [twin_fma(a, b, c) for a, b, c in rows])
     agree(out.array[7], [np.full(16, twin(ops.fma1)(a[0], b[0], c[0])) for a, b, c in rows])
-    agree(out.array[8], [twin(packing.copysign)(a, b) for a, b, _ in rows])
-    agree(out.array[9], [twin(packing.where_greater)(a, b, b, c) for a, b, c in rows])
+    agree(out.array[8], [twin(ops.copysign)(a, b) for a, b, _ in rows])
+    agree(out.array[9], [twin(ops.where_greater)(a, b, b, c) for a, b, c in rows])
     assert out.intact()
 
 

@@ -6,7 +6,7 @@ from kernel_tools import Memory, memory, same_bits, ulps
 from test_matmul import bytes_of
 
 from npmix.formats import DENSE, GROUPS, PACKED, packed_bytes
-from npmix.kernels.cache import cache_write
+from npmix.kernels.cache import put_numbers_f16, put_numbers_f32
 from npmix.kernels.dot import FLOAT, START
 from npmix.kernels.rows import FINE, TOPS, embedder, put_in_tile, quantise_group, quantise_row, rms_norm, rope, swiglu
 from npmix.kernels.simd import twin_fma, twin_reduce_add
@@ -176,7 +176,7 @@ def test_swiglu():
     assert np.isnan(g.array[[5, 9]]).all() and same_bits(np.delete(g.array, [5, 9]), np.delete(out.array, [5, 9]))
 
 
-@pytest.mark.parametrize("half", [8, 9, 64])
+@pytest.mark.parametrize("half", [8, 9, 41, 64])
 def test_rope(half):
     """Pairs (x[i], x[i + half]) turn by the angle: lengths are kept, and the scale multiplies; a rounding of a * c, one of the fma."""
     rng = np.random.default_rng(half)
@@ -186,7 +186,7 @@ def test_rope(half):
     rope(given.at, t.at, half, scale, out.at)
     c, s, a, b = table[:half], table[half:], x[:half], x[half:]
     law = np.concatenate([twin_fma(-b, s, a * c) * scale, twin_fma(b, c, a * s) * scale])
-    assert ulps(out.array, law) <= 2 and out.intact()
+    assert same_bits(out.array, law) and out.intact()
     z = (a + 1j * b.astype(np.complex128)) * np.exp(1j * angle) * scale
     assert np.abs(out.array - np.concatenate([z.real, z.imag])).max() < 1e-6
 
@@ -214,14 +214,21 @@ def test_embedding(name, group):
             assert (out.array[dim:width] == 0).all() and (out.array[width:] == -7).all() and out.intact() and panel.intact()
 
 
-def test_cache_writes():
+@pytest.mark.parametrize("count, apart", [(1, 2), (16, 2), (16, 128), (35, 6)])
+def test_cache_writes(count, apart):
     """A float16 cache takes 65,504 for what is larger and says so; infinities and NaN stay what they are; float32 keeps all."""
     for value, stored, saturated in (
         (1.5, 1.5, 0), (65504.0, 65504.0, 0), (65505.0, 65504.0, 1), (-7e4, -65504.0, 1), (3e38, 65504.0, 1),
-        (np.inf, np.inf, 0), (-np.inf, -np.inf, 0), (np.nan, np.nan, 0), (0.1, np.float16(0.1), 0),
+        (np.inf, np.inf, 0), (-np.inf, -np.inf, 0), (np.nan, np.nan, 0), (0.1, np.float16(0.1), 0), (-0.0, -0.0, 0),
+        (1e-8, 0.0, 0), (6e-8, np.float16(6e-8), 0),
     ):  # fmt: skip
-        half, whole = Memory(1, np.float16, offset=2), Memory(1, F)
-        assert cache_write("f16")(F(value), half.at) == saturated
-        assert cache_write("f32")(F(value), whole.at) == 0
-        assert np.array_equal(half.array[0], np.float16(stored), equal_nan=True)
-        assert np.array_equal(whole.array[0], F(value), equal_nan=True) and half.intact() and whole.intact()
+        for place in {0, count // 2, count - 1}:
+            row = memory(np.where(np.arange(count) == place, value, np.arange(count)).astype(F))
+            half, whole = Memory(count * apart // 2, np.float16, offset=2, fill=7), Memory(count * apart // 2, F, fill=7)
+            assert put_numbers_f16(row.at, count, half.at, apart) == saturated
+            assert put_numbers_f32(row.at, count, whole.at, 2 * apart) == 0
+            expected = np.where(np.arange(count) == place, stored, np.arange(count))
+            assert same_bits(half.array[:: apart // 2], expected.astype(np.float16)) and same_bits(whole.array[:: apart // 2], row.array)
+            for between in range(1, apart // 2):
+                assert (half.array[between :: apart // 2] == 7).all() and (whole.array[between :: apart // 2] == 7).all()
+            assert half.intact() and whole.intact()
