@@ -356,3 +356,13 @@ def store_i8_words(b, p, v, stride):
     words = b.bitcast(b.trunc(v, vector("i8", 16)), vector("i32", 4))
     for i in range(4):
         store(b, b.extract_element(words, const_i32(i)), b.add(p, b.mul(stride, scalar("i64")(i))))
+
+
+@op(I32, (i64, i64), lambda p, stride: np.concatenate([peek(p + i * stride, np.uint8, 4) for i in range(4)]).astype(np.int32))
+def load_u8_words(b, p, stride):
+    """16 lanes of the bytes of four words of four, `stride` bytes apart."""
+    words = const_vector("i32", 4, 0)
+    for i in range(4):
+        word = load(b, b.add(p, b.mul(stride, scalar("i64")(i))), scalar("i32"))
+        words = b.insert_element(words, word, const_i32(i))
+    return b.zext(b.bitcast(words, vector("i8", 16)), vector("i32", 16))

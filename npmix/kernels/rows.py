@@ -26,8 +26,8 @@ from .ops import (
     get_f16,
     get_f32,
     get_i32,
-    get_u8,
     load_f32,
+    load_u8_words,
     max_f32,
     maximum,
     mul,
@@ -42,6 +42,7 @@ from .ops import (
     sub,
     sum_f32,
     sum_i32,
+    to_f32,
     to_i32,
 )
 from .unpack import unpack_block
@@ -69,14 +70,15 @@ def embedder(name, group):
 
     @njit
     def embed_packed(table, token, dim, out, panel):
-        for k in range(dim, (dim + 15) // 16 * 16):
-            put_f32(out + 4 * k, F(0.0))
         spans, lane = (dim + 2 * group - 1) // (2 * group), token % 16
         unpack(table + token // 16 * spans * whole, 2 * spans, panel)
-        for k in range(dim):
-            span, g = panel + k // (2 * group) * plain, k // group % 2
-            scale, code = get_f16(span + 32 * g + 2 * lane), get_u8(span + 64 + k % (2 * group) // 4 * 64 + 4 * lane + k % 4)
-            put_f32(out + 4 * k, F(code - 128) * scale)
+        for k in range(0, dim, 16):
+            span, g, at = panel + k // (2 * group) * plain, k // group % 2, k % (2 * group)
+            scale = splat_f32(get_f16(span + 32 * g + 2 * lane))
+            code = add_i32(load_u8_words(span + 64 + 16 * at + 4 * lane, 64), splat_i32(I32(-128)))
+            store_f32(out + 4 * k, mul(to_f32(code), scale))
+        for k in range(dim, (dim + 15) // 16 * 16):
+            put_f32(out + 4 * k, F(0.0))
 
     return embed_packed
 

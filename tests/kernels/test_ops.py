@@ -86,6 +86,7 @@ def _whole(n, plane, x, y, out):
         ops.store_f32(to + 3 * plane, ops.to_f32(a))
         ops.store_i8(to + 4 * plane, a)
         ops.store_i8_words(to + 5 * plane, a, 16)
+        store_i32(to + 6 * plane, ops.load_u8_words(to + 5 * plane, 16))
 
 
 @njit
@@ -214,7 +215,7 @@ def test_operations_on_whole_numbers():
     rng = np.random.default_rng(5)
     x, y = (memory(rng.integers(-(2**24), 2**24, (24, 16)).astype(F)) for _ in range(2))
     x.array[0], x.array[1], x.array[2] = -(2.0**31), 2.0**30, np.arange(-8, 8) * 32
-    out = Memory((6, *x.array.shape), np.int32, fill=0)
+    out = Memory((7, *x.array.shape), np.int32, fill=0)
     _whole(len(x.array), x.array.nbytes, x.at, y.at, out.at)
     a, b = x.array.astype(np.int32), y.array.astype(np.int32)
     wide = a.astype(np.int64)
@@ -224,7 +225,7 @@ def test_operations_on_whole_numbers():
     low = a.astype(np.int8)
     assert (out.array[4].view(np.int8)[:, :16] == low).all() and (out.array[4][:, 4:] == 0).all()
     assert (out.array[5].view(np.int8).reshape(-1, 4, 16)[:, :, :4] == low.reshape(-1, 4, 4)).all()
-    assert (out.array[5].reshape(-1, 4, 4)[:, :, 1:] == 0).all()
+    assert (out.array[5].reshape(-1, 4, 4)[:, :, 1:] == 0).all() and (out.array[6] == low.view(np.uint8)).all()
     assert out.intact()
 
 
