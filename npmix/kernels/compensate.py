@@ -10,8 +10,8 @@ import numpy as np
 
 from ..formats import PACKED, SCALE_BOUNDS, MOMENTS, STEPS, codes_at, row_blocks, span_bytes, spans
 from ._jit import njit
-from .ops import absolute, add, div, get_f32, load_f32, max_f32, maximum, minimum, mul, splat_f32, store_f32, sub
-from .packing import add_products, nearest_of, rows_table, where_greater
+from .ops import absolute, add, div, get_f32, load_f32, max_f32, maximum, minimum, mul, splat_f32, store_f32, sub, where_greater
+from .packing import add_products, nearest_of, rows_table
 from .rounding import CODES, LARGEST, SCALE, SCRATCH_BYTES, SELECTORS, WEIGHTS, group_writer, half, load_group, scale_finder
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
