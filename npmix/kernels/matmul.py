@@ -19,7 +19,7 @@ from .unpack import unpack_block
 
 # Up to so many tokens a row block is unpacked again for each tile, straight from memory. Codes, tables and sums together do not fit
 # narrower registers.
-FEW = 3 * TALLEST if cpu.wide_registers() else 1
+FEW = 2 * TALLEST if cpu.wide_registers() else 1
 NONE = np.int64(0)  # typed: Numba compiles a callee anew for each literal argument
 
 
@@ -53,7 +53,7 @@ def matmul(name, group, several=True):
 
 @njit
 def n_tiles(tokens):
-    """Tiles of at most TALLEST tokens, or HEIGHT over a panel, as even as can be: 9 tokens are 5 + 4, not 8 + 1."""
+    """Tiles of at most TALLEST tokens, or HEIGHT over a panel, as even as can be: 13 tokens are 7 + 6, not 12 + 1."""
     tallest = TALLEST if tokens <= FEW else HEIGHT
     return (tokens + tallest - 1) // tallest
 
@@ -66,7 +66,8 @@ def panel_bytes(cols, group):
 @functools.lru_cache(maxsize=None)
 def _tall(name, group, blocks, lowest, highest, offset=128):
     """A kernel for one tile of `lowest` to `highest` tokens."""
-    t2, t3, t4, t5, t6, t7, t8 = [packed_tile(name, group, blocks, min(max(lowest, h), highest), offset) for h in range(2, 9)]
+    tiles = [packed_tile(name, group, blocks, min(max(lowest, h), highest), offset) for h in range(2, 13)]
+    t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12 = tiles
 
     @njit
     def tall(h, w, block_bytes, n_groups, acts, out, out_bytes, next_block, ahead, ahead_step):
@@ -82,8 +83,16 @@ def _tall(name, group, blocks, lowest, highest, offset=128):
             t6(w, block_bytes, n_groups, acts, out, out_bytes, next_block, ahead, ahead_step)
         elif h == 7:
             t7(w, block_bytes, n_groups, acts, out, out_bytes, next_block, ahead, ahead_step)
-        else:
+        elif h == 8:
             t8(w, block_bytes, n_groups, acts, out, out_bytes, next_block, ahead, ahead_step)
+        elif h == 9:
+            t9(w, block_bytes, n_groups, acts, out, out_bytes, next_block, ahead, ahead_step)
+        elif h == 10:
+            t10(w, block_bytes, n_groups, acts, out, out_bytes, next_block, ahead, ahead_step)
+        elif h == 11:
+            t11(w, block_bytes, n_groups, acts, out, out_bytes, next_block, ahead, ahead_step)
+        else:
+            t12(w, block_bytes, n_groups, acts, out, out_bytes, next_block, ahead, ahead_step)
 
     return tall
 

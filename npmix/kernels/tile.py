@@ -55,8 +55,9 @@ from .unpack import Unpacker, twin_row_block
 # are touched once a group and may lie on the stack); where 16 lanes take several registers, 1 x 4 keeps
 # the integer ones from spilling.
 BLOCKS, HEIGHT = (2, 6) if cpu.wide_registers() else (1, 4)
-# The tallest tile straight from memory: the more tokens, the fewer times a row block is unpacked; inputs of 8 x 4,096 fit the first cache.
-TALLEST = 8 if cpu.wide_registers() else 4
+# The tallest tile straight from memory: the more tokens, the fewer times a row block is unpacked, and while one passes a second time, memory
+# rests: 9 to 12 tokens at once take a fifth less time than in two tiles, though from the cache those are as fast.
+TALLEST = 12 if cpu.wide_registers() else 4
 # Lines that a tile over a panel asks for in each group: so many that few tiles, too, ask for nearly all that comes next. Not all at once: what
 # finds no place in its queue Zen 5 forgets.
 FETCHES = 8 if cpu.wide_registers() else 16
@@ -138,7 +139,8 @@ class _PackedLoops:
             self.chains = 1  # its dots end in an addition, and it has half the registers
         self.chunks = group // CHUNK
         self.unroll = self.chunks  # chunks written out one after the other
-        while self.unroll > 1 and self.unroll * (CHUNK // 4) * len(self.cells) > UNROLLED:
+        written = UNROLLED if self.in_panel else max(UNROLLED, 2 * (CHUNK // 4) * len(self.cells))  # from memory no fewer than two
+        while self.unroll > 1 and self.unroll * (CHUNK // 4) * len(self.cells) > written:
             self.unroll //= 2
 
         # few registers and much work: LLVM would order a long run of code by tokens, with every vector on the stack meanwhile
